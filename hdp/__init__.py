@@ -1,0 +1,1 @@
+"""Hybrid data parallelism for PyTorch: communication groups made anew for every batch."""
