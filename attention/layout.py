@@ -1,6 +1,6 @@
 """How the tokens of one sequence are laid over the ranks of its group.
 
-A *chunk* is the smallest piece that a schedule moves or computes with; it is a tuple of token ranges, nearly always one.
+A *chunk* is the smallest piece that a schedule moves or computes with; it is a tuple of token ranges, mostly of one.
 A *layout* says which chunk holds which tokens and which member of the group owns it. Members are numbered 0..size-1 in
 ring order; which ranks of the world they are is not known here.
 

@@ -1,7 +1,7 @@
 """The plan: who runs which part of which sequence, and when.
 
-A plan is one answer for one global batch. It is stored as a few flat arrays, one entry a sequence (slot, group, schedule),
-because a batch may hold 100,000 sequences on 12,288 ranks; the frozen dataclasses that the rest of the library works
+A plan is one answer for one global batch. It is stored as a few flat arrays, one entry a sequence (slot, group,
+schedule), because a batch may hold 100,000 sequences on 12,288 ranks; the frozen dataclasses that the rest of the library works
 with (:class:`MicroBatch`, :class:`Shard`) are made for one rank at a time.
 """
 
@@ -25,7 +25,7 @@ REGIMES = ("step", "slot")
 
 
 class PlanError(ValueError):
-    """A batch that cannot be planned, or a plan that breaks a rule. Says which sequence or rank, and what would help."""
+    """A batch that cannot be planned, or a plan that breaks a rule. Names the sequence or rank and what would help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,9 +222,9 @@ class Plan:
     def validate(self) -> None:
         """Raises :class:`PlanError` unless the plan keeps every rule.
 
-        Each sequence has one group of distinct ranks of the world and, unless it is empty, one slot; no micro-batch holds
-        more than the capacity (divided by 1 - offload ratio is not granted here: an offloading planner says so by its own
-        check). Tokens are covered exactly once and sharers meet in one slot by construction.
+        Each sequence has one group of distinct ranks of the world and, unless it is empty, one slot; no micro-batch that
+        keeps all its activations holds more tokens than the capacity. (How many one may hold that offloads or recomputes
+        is for the memory model to say.) Tokens are covered exactly once and sharers meet in one slot by construction.
         """
         count = len(self.lengths)
         if len(self.slots) != count or len(self.group_offsets) != count + 1:
