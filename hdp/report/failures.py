@@ -1,0 +1,93 @@
+"""One clear error for a job of many ranks.
+
+Most mistakes (a wrong path, a capacity of 0) raise the same error on every rank at the same moment. Rank 0 then says it in one
+line; the others end without a word, but only once rank 0 has had time to speak: an error that rank 3 alone has met is
+told by rank 3.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent.parent
+PATIENCE = 15.0  # seconds that a rank waits to be ended by the launcher before it tells its own error
+
+
+def launch(main: Callable[[], object]) -> None:
+    """Runs ``main`` as the job of this rank and ends the process: exit code 0, or 1 after an error.
+
+    Errors that a user can mend (ValueError, OSError and ImportError raised by ``hdp`` or the script itself) are told in
+    one line, by rank 0 where all ranks met them; ``HDP_TRACEBACK=1`` shows where they come from. Everything else keeps
+    its traceback and names its rank. Under torchrun the error is also the one that its closing table shows.
+    """
+    try:
+        main()
+    except Exception as error:
+        _tell(error)
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(1)  # not sys.exit: threads and process groups of a failed job may never end
+
+
+def _tell(error: Exception) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if not _is_users(error):
+        _record(f"{type(error).__name__}: {error}")
+        lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+        prefix = f"[rank {rank}] " if "RANK" in os.environ else ""
+        print("\n".join(prefix + line for line in lines), file=sys.stderr)
+        return
+    if rank != 0:
+        _wait_for_the_end()
+    _record(f"error: {error}")
+    prefix = f"[rank {rank}] " if rank else ""
+    if os.environ.get("HDP_TRACEBACK"):
+        print("".join(traceback.format_exception(error)), file=sys.stderr)
+    print(f"{prefix}error: {error}", file=sys.stderr)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message is enough: raised on purpose, by this package or by the script that was started."""
+    if not isinstance(error, ValueError | OSError | ImportError):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError):
+        return False
+    frames = traceback.extract_tb(error.__traceback__)
+    raised_in = Path(frames[-1].filename).resolve()
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    return (
+        raised_in.is_relative_to(PACKAGE)
+        or _is_ours(raised_in)
+        or (script is not None and raised_in == Path(script).resolve())
+    )
+
+
+def _is_ours(file: Path) -> bool:
+    """In an editable install the parts of ``hdp`` lie beside it (``parallel/``, ``balance/``, ...)."""
+    folders = [
+        Path(module.__file__).resolve().parent
+        for name, module in list(sys.modules.items())
+        if name.startswith("hdp.") and getattr(module, "__file__", None)
+    ]
+    return file.parent in folders
+
+
+def _wait_for_the_end() -> None:
+    """Until the launcher ends this rank because rank 0 has failed, at most :data:`PATIENCE` seconds."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+    time.sleep(PATIENCE)
+
+
+def _record(message: str) -> None:
+    """Hands the message to torchrun, which shows it in its closing table."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        record = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        Path(file).write_text(json.dumps(record))

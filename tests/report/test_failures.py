@@ -1,0 +1,84 @@
+"""One clear error for a job of many ranks, whichever rank meets it."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+SCRIPT = """
+from hdp.report import launch, failures
+failures.PATIENCE = float({patience})
+
+def main():
+    {body}
+
+launch(main)
+"""
+
+
+def start(tmp_path, body, *, rank=None, patience=0.5, **environment):
+    script = tmp_path / "job.py"
+    script.write_text(textwrap.dedent(SCRIPT).format(body=body, patience=patience))
+    env = {**os.environ, **environment} | ({} if rank is None else {"RANK": str(rank)})
+    return subprocess.Popen(
+        [sys.executable, str(script)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(tmp_path, body, **options):
+    process = start(tmp_path, body, **options)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("rank", [None, 0])
+def test_a_mistake_of_the_user_is_one_line(tmp_path, rank):
+    code, errors = run(tmp_path, "raise ValueError('capacity is 0: give at least 1')", rank=rank)
+    assert code == 1
+    assert errors.splitlines() == ["error: capacity is 0: give at least 1"]
+
+
+def test_an_error_of_the_library_is_one_line_too(tmp_path):
+    code, errors = run(tmp_path, "from hdp.data import open_documents; open_documents('/nowhere')", rank=0)
+    assert code == 1 and errors.startswith("error: no data at /nowhere") and len(errors.splitlines()) == 1
+
+
+def test_the_traceback_can_be_asked_for(tmp_path):
+    _, errors = run(tmp_path, "raise ValueError('capacity is 0')", HDP_TRACEBACK="1")
+    assert "Traceback" in errors and errors.splitlines()[-1] == "error: capacity is 0"
+
+
+def test_another_rank_waits_for_rank_0_and_is_ended_quietly(tmp_path):
+    process = start(tmp_path, "print('here', flush=True); raise ValueError('capacity is 0')", rank=1, patience=60)
+    assert process.stdout.readline() == "here\n"
+    time.sleep(1.0)  # it raises at once and then waits to be ended
+    assert process.poll() is None
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1 and errors == ""
+
+
+def test_an_error_that_only_one_rank_has_is_told_by_it(tmp_path):
+    code, errors = run(tmp_path, "raise ValueError('this disk is full')", rank=3)
+    assert code == 1 and errors.splitlines() == ["[rank 3] error: this disk is full"]
+
+
+def test_a_defect_keeps_its_traceback_and_names_its_rank(tmp_path):
+    for body in ("dict()['missing']", "import json; json.loads('nonsense')"):  # the second is a ValueError of others
+        code, errors = run(tmp_path, body, rank=2)
+        assert code == 1 and all(line.startswith("[rank 2] ") for line in errors.splitlines())
+        assert "Traceback" in errors
+
+
+def test_torchrun_is_told_the_same_line(tmp_path):
+    record = tmp_path / "error.json"
+    run(tmp_path, "raise ValueError('capacity is 0')", rank=0, TORCHELASTIC_ERROR_FILE=str(record))
+    assert json.loads(record.read_text())["message"]["message"] == "error: capacity is 0"
+
+
+def test_success_ends_with_0(tmp_path):
+    assert run(tmp_path, "pass") == (0, "")
