@@ -4,6 +4,26 @@ Pure Python and C++: no torch, no clock, no global state, no randomness without 
 plan on every rank and every machine.
 """
 
+from hdp.balance.cost import CostModel
+from hdp.balance.evaluate import Evaluation, evaluate
+from hdp.balance.models import MODELS, ModelShape
 from hdp.balance.plan import MicroBatch, Plan, PlanError, Shard
+from hdp.balance.planners import PLANNERS, make_plan, plan
+from hdp.balance.topology import Link, Topology
 
-__all__ = ["MicroBatch", "Plan", "PlanError", "Shard"]
+__all__ = [
+    "MODELS",
+    "PLANNERS",
+    "CostModel",
+    "Evaluation",
+    "Link",
+    "MicroBatch",
+    "ModelShape",
+    "Plan",
+    "PlanError",
+    "Shard",
+    "Topology",
+    "evaluate",
+    "make_plan",
+    "plan",
+]

@@ -1,0 +1,137 @@
+"""How long a plan takes under a cost model, and where its ranks wait.
+
+Two rules. Shares of one group in one micro-batch run as one packed ring: their attention and their bytes add up before
+the larger of the two counts. And sharers stay together: ranks that share a sequence in a slot, directly or through
+others, begin that micro-batch when the last of them is ready and end it together, because every layer's ring couples
+them. Unshared micro-batches wait for nobody; in regime ``slot`` every slot ends with the slowest rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hdp.balance.cost import TICK, CostModel, Costs, ring_phase
+from hdp.balance.plan import IntArray, Plan
+from hdp.balance.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Evaluation:
+    """What the cost model says about one plan. Times in ticks; arrays indexed by rank."""
+
+    makespan: int
+    busy: IntArray
+    """Ticks in which a rank computes, or sends what does not hide."""
+    finish: IntArray
+    """When a rank is done; the difference to ``makespan`` is waiting at the end of the step."""
+    slot_ends: IntArray
+    """When the last rank leaves each slot."""
+
+    @property
+    def seconds(self) -> float:
+        return self.makespan * TICK
+
+    @property
+    def waiting(self) -> float:
+        """Share of all rank time that is spent waiting, 0 to 1."""
+        total = self.makespan * len(self.busy)
+        return 1.0 - float(self.busy.sum()) / total if total else 0.0
+
+    @property
+    def balance(self) -> float:
+        """Busiest rank over the average rank; 1 is perfect."""
+        total = int(self.busy.sum())
+        return float(self.busy.max()) * len(self.busy) / total if total else 1.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SlotWork:
+    """One slot of a plan."""
+
+    ranks: IntArray
+    """Ranks that have a micro-batch in it."""
+    ticks: IntArray
+    """What each of them computes."""
+    component: IntArray
+    """Which of them are coupled by shared sequences: equal numbers run together."""
+
+
+def micro_batch_ticks(plan: Plan, costs: Costs, topology: Topology) -> list[SlotWork]:
+    """The micro-batches of a plan, slot by slot."""
+    return [_slot_work(plan, costs, topology, members) for members in _by_slot(plan)]
+
+
+def _by_slot(plan: Plan) -> list[IntArray]:
+    order = np.argsort(plan.slots, kind="stable")
+    edges = np.searchsorted(plan.slots[order], np.arange(plan.slot_count + 1))
+    return [order[edges[k] : edges[k + 1]] for k in range(plan.slot_count)]
+
+
+def _slot_work(plan: Plan, costs: Costs, topology: Topology, sequences: IntArray) -> SlotWork:
+    ticks = np.zeros(plan.world_size, dtype=np.int64)
+    present = np.zeros(plan.world_size, dtype=bool)
+    sizes = np.diff(plan.group_offsets)[sequences]
+    whole = sequences[sizes == 1]
+    ranks = plan.group_ranks[plan.group_offsets[whole]]
+    np.add.at(ticks, ranks, costs.work[whole])
+    present[ranks] = True
+    rings: dict[bytes, list[int]] = {}  # packed: by group
+    for i in sequences[sizes > 1].tolist():
+        group = plan.group_ranks[plan.group_offsets[i] : plan.group_offsets[i + 1]]
+        rings.setdefault(group.tobytes(), []).append(i)
+    for key, members in rings.items():
+        group = np.frombuffer(key, dtype=np.int64)
+        ticks[group] += _packed_ring(costs, topology, members, group)
+        present[group] = True
+    component = _components(plan.world_size, [np.frombuffer(key, dtype=np.int64) for key in rings])
+    active = np.flatnonzero(present)
+    return SlotWork(ranks=active, ticks=ticks[active] + costs.constant, component=component[active])
+
+
+def _packed_ring(costs: Costs, topology: Topology, sequences: list[int], group: IntArray) -> int:
+    nodes = group // topology.ranks_per_node
+    across = int(nodes.min() != nodes.max())
+    size = len(group)
+    total = -(-int(costs.linear[sequences].sum()) // size)
+    for phase in (0, 1):
+        attention = int(costs.attention[phase][sequences].sum())
+        ring = int(costs.ring[across, phase][sequences].sum())
+        total += int(ring_phase(attention, ring, costs.latency[across], size))
+    return total
+
+
+def _components(world_size: int, groups: list[IntArray]) -> IntArray:
+    """Per rank the smallest rank that it is coupled to through ``groups``."""
+    label = np.arange(world_size)
+    if not groups:
+        return label
+    flat = np.concatenate(groups)
+    sizes = np.array([len(group) for group in groups])
+    offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    while True:
+        before = label.copy()
+        np.minimum.at(label, flat, np.repeat(np.minimum.reduceat(label[flat], offsets), sizes))
+        label = label[label]
+        if np.array_equal(before, label):
+            return label
+
+
+def evaluate(plan: Plan, cost: CostModel, topology: Topology) -> Evaluation:
+    """Makespan, busy and finishing times of ``plan`` under ``cost``."""
+    costs = cost.quantise(plan.lengths, topology)
+    busy = np.zeros(plan.world_size, dtype=np.int64)
+    clock = np.zeros(plan.world_size, dtype=np.int64)
+    slot_ends = np.zeros(plan.slot_count, dtype=np.int64)
+    for k, slot in enumerate(micro_batch_ticks(plan, costs, topology)):
+        busy[slot.ranks] += slot.ticks
+        start = np.zeros(plan.world_size, dtype=np.int64)
+        longest = np.zeros(plan.world_size, dtype=np.int64)
+        np.maximum.at(start, slot.component, clock[slot.ranks])
+        np.maximum.at(longest, slot.component, slot.ticks)
+        clock[slot.ranks] = (start + longest)[slot.component]
+        if plan.regime == "slot":
+            clock[:] = clock.max()
+        slot_ends[k] = clock[slot.ranks].max(initial=0)
+    return Evaluation(makespan=int(clock.max()), busy=busy, finish=clock, slot_ends=slot_ends)

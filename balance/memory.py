@@ -1,0 +1,78 @@
+"""Capacity with and without offload: how many tokens a micro-batch may hold, and how few ranks a sequence needs.
+
+ByteScale section 4.3 (Eq. 3). Of l layers two keep their activations on the device; of the others a fraction ``ratio``
+leaves. With activations proportional to tokens a micro-batch then holds C * l / (2 + (1 - ratio)(l - 2)) tokens.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+
+from hdp.balance.cost import CostModel
+from hdp.balance.plan import PlanError
+
+KEPT_LAYERS = 2
+RATIO_STEP = 64
+"""Offload ratios are multiples of 1/64, so that they are exact in every float format."""
+
+
+def kept_fraction(layers: int, ratio: float) -> Fraction:
+    """Part of a micro-batch's activations that stays on the device."""
+    kept = min(KEPT_LAYERS, layers)
+    return (kept + (1 - Fraction(ratio)) * (layers - kept)) / layers
+
+
+def capacity_with(capacity: int, layers: int, ratio: float) -> int:
+    """Tokens of a micro-batch that offloads ``ratio`` of what its layers may give away."""
+    return int(capacity / kept_fraction(layers, ratio))
+
+
+def ratio_for(tokens: int, capacity: int, layers: int) -> float | None:
+    """Smallest ratio at which a micro-batch holds ``tokens``; None when even full offload is not enough."""
+    if tokens <= capacity:
+        return 0.0
+    for step in range(1, RATIO_STEP + 1):
+        if capacity_with(capacity, layers, step / RATIO_STEP) >= tokens:
+            return step / RATIO_STEP
+    return None
+
+
+def hidden_ratio(length: int, cost: CostModel) -> float:
+    """Largest ratio whose copies hide behind one layer's forward of the whole sequence (sharding divides both)."""
+    if cost.copy_bandwidth <= 0 or length <= 0:
+        return 0.0
+    layer = float(cost.attention_seconds([length])[0]) / cost.layers + cost.linear * length
+    ratio = min(1.0, layer * cost.copy_bandwidth / max(cost.activation_bytes * length, 1e-9))
+    return int(np.floor(ratio * RATIO_STEP)) / RATIO_STEP
+
+
+def eq3(length: int, capacity: int, cost: CostModel) -> tuple[float, int]:
+    """(ratio, ranks) of Eq. 3: as much offload as hides, if that frees at least one rank's worth; else none."""
+    plain = max(1, -(-length // capacity))
+    layers = cost.layers
+    if length <= capacity or layers <= KEPT_LAYERS:
+        return 0.0, plain
+    ratio = hidden_ratio(length, cost)
+    if ratio * (layers - KEPT_LAYERS) * length < layers * capacity and ratio < 1.0:
+        return 0.0, plain
+    ranks = max(1, -(-length // capacity_with(capacity, layers, ratio)))
+    needed = ratio_for(-(-length // ranks), capacity, layers)
+    return (ratio if needed is None else needed), ranks
+
+
+def refuse_too_long(sequence: int, length: int, world_size: int, capacity: int, layers: int, largest: int) -> PlanError:
+    """The error for a sequence that does not fit; ``largest``: tokens a micro-batch may hold with what is allowed."""
+    share = -(-length // world_size)
+    ratio = ratio_for(share, capacity, layers)
+    cure = (
+        f"an offload ratio of {ratio:.3f} would make it fit"
+        if ratio is not None
+        else "even full offload would not make it fit"
+    )
+    return PlanError(
+        f"sequence {sequence} of {length} tokens does not fit {world_size} ranks x {largest} tokens = "
+        f"{world_size * largest}: {cure}; otherwise use at least {-(-length // largest)} ranks, a capacity of at least "
+        f"{share}, or shorter sequences"
+    )

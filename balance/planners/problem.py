@@ -1,0 +1,88 @@
+"""What every planner gets, and what every planner hands back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hdp.balance.cost import CostModel, Costs
+from hdp.balance.memory import capacity_with, hidden_ratio, ratio_for
+from hdp.balance.plan import IntArray, Plan
+from hdp.balance.topology import Topology
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Problem:
+    """One global batch to be planned, checked."""
+
+    lengths: IntArray
+    """Tokens of each sequence."""
+    topology: Topology
+    cost: CostModel
+    costs: Costs
+    """Terms of every sequence in ticks."""
+    capacity: int
+    """Tokens of a micro-batch without offload."""
+    regime: str
+    offload: float
+    """Largest offload ratio a micro-batch may use."""
+    offload_hidden_only: bool
+    """Only what hides behind compute is offloaded, unless a sequence does not fit otherwise."""
+    seed: int
+
+    @property
+    def world_size(self) -> int:
+        return self.topology.world_size
+
+    @property
+    def descending(self) -> IntArray:
+        """Sequences that hold tokens, longest first; equal lengths in the order of the batch."""
+        order = np.argsort(-self.lengths, kind="stable")
+        return order[self.lengths[order] > 0]
+
+    def smallest_group(self, length: int) -> tuple[int, float]:
+        """Fewest ranks that can hold a sequence, and the offload ratio they need (Eq. 3)."""
+        ratio = self.offload
+        if length > self.capacity and self.offload_hidden_only:
+            ratio = min(ratio, hidden_ratio(length, self.cost))
+            if -(-length // capacity_with(self.capacity, self.cost.layers, ratio)) > self.world_size:
+                ratio = self.offload  # a copy that shows is better than no step
+        ranks = max(1, -(-length // capacity_with(self.capacity, self.cost.layers, ratio)))
+        needed = ratio_for(-(-length // ranks), self.capacity, self.cost.layers)
+        return ranks, ratio if needed is None else needed
+
+    def plan(self, groups: Iterable[Sequence[int]], slots: Iterable[int], *, planner: str, **fields: Any) -> Plan:
+        """A plan of this problem from one group and one slot a sequence, with offload ratios where shares exceed capacity."""
+        made = Plan.from_groups(
+            self.lengths,
+            groups,
+            slots,
+            world_size=self.world_size,
+            capacity=self.capacity,
+            regime=self.regime,
+            planner=planner,
+            **fields,
+        )
+        return self.with_offload(made) if self.offload > 0 else made
+
+    def with_offload(self, made: Plan) -> Plan:
+        """``made`` with the smallest ratio that lets each micro-batch fit."""
+        sizes = np.diff(made.group_offsets)
+        sequences = np.repeat(np.arange(len(sizes)), sizes)
+        members = np.arange(len(made.group_ranks)) - np.repeat(made.group_offsets[:-1], sizes)
+        tokens = self.lengths[sequences] // sizes[sequences]
+        tokens = tokens + (members < self.lengths[sequences] % sizes[sequences])
+        running = made.slots[sequences] >= 0
+        keys = made.group_ranks[running] * max(made.slot_count, 1) + made.slots[sequences][running]
+        unique, inverse = np.unique(keys, return_inverse=True)
+        held = np.bincount(inverse, weights=tokens[running], minlength=len(unique)).astype(np.int64)
+        entries = []
+        for i in np.flatnonzero(held > self.capacity).tolist():
+            rank, slot = divmod(int(unique[i]), max(made.slot_count, 1))
+            ratio = ratio_for(int(held[i]), self.capacity, self.cost.layers)
+            entries.append((rank, slot, 1.0 if ratio is None else ratio))
+        fields = {name: getattr(made, name) for name in made.__dataclass_fields__}
+        return Plan(**{**fields, "offload": tuple(entries)})
