@@ -1,21 +1,37 @@
 """Schedules by name: each turns (layout, mask, heads, member) into a forward and a backward program.
 
 A schedule is data made by a pure function. It serves any group size, any layout, GQA and MQA; the checker proves each
-program that tests draw, and one executor runs them all.
+program that tests draw, and one executor runs them all. Some take a number after a colon::
+
+    local               the whole sequence on one rank
+    ring                K/V travel; backward turns round
+    ring_q              backward: Q, DO, DQ travel (forward: ring)
+    token_ring          Q travels one way, results return the other way
+    direct              K/V straight to each reader, one distance a step
+    all_gather[:S]      K/V to all readers at once, in S slices of heads
+    ulysses[:S]         heads travel, in S slices
+    hybrid:H            heads inside nodes of H members, ring across nodes
+    double_ring:I       a ring inside nodes of I members, another across nodes
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Protocol, cast
 
 from hdp.attention.layout import Layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount, RankProgram
-from hdp.attention.schedules import local, ring
+from hdp.attention.schedules import direct, local, ring, ring_q, token_ring
+from hdp.attention.schedules.all_gather import AllGather
+from hdp.attention.schedules.double_ring import DoubleRing
+from hdp.attention.schedules.hybrid import Hybrid
+from hdp.attention.schedules.ulysses import Ulysses
 
 
 class Schedule(Protocol):
-    """What a schedule's module offers."""
+    """What a schedule's module, or object, offers."""
 
     def forward(self, layout: Layout, mask: Mask, heads: HeadCount, member: int) -> RankProgram:
         """Program that leaves every OUT at the owner of its queries."""
@@ -26,11 +42,53 @@ class Schedule(Protocol):
         ...
 
 
-SCHEDULES: dict[str, Schedule] = {"local": local, "ring": ring}
+PLAIN: dict[str, Schedule] = {
+    name: cast(Schedule, module)
+    for name, module in {
+        "local": local,
+        "ring": ring,
+        "ring_q": ring_q,
+        "token_ring": token_ring,
+        "direct": direct,
+    }.items()
+}
+# name: (what makes it from its number, the number if none is given; None: it must be given)
+NUMBERED: dict[str, tuple[Callable[[int], Schedule], int | None]] = {
+    "all_gather": (AllGather, 1),
+    "ulysses": (Ulysses, 1),
+    "hybrid": (Hybrid, None),
+    "double_ring": (DoubleRing, None),
+}
+SCHEDULES = (*PLAIN, *NUMBERED)
+# Their backward starts from inputs that only their own forward keeps.
+_KEEPING = ("ring", "ulysses", "hybrid")
 
 
+@lru_cache(maxsize=256)
 def get_schedule(name: str) -> Schedule:
-    """The schedule called ``name``; ValueError for an unknown one."""
-    if name not in SCHEDULES:
+    """The schedule called ``name``, such as ``"ring"`` or ``"hybrid:4"``; ValueError for an unknown one."""
+    base, colon, number = name.partition(":")
+    if base in PLAIN and not colon:
+        return PLAIN[base]
+    if base not in NUMBERED:
         raise ValueError(f"unknown attention schedule {name!r}: choose one of {', '.join(SCHEDULES)}")
-    return SCHEDULES[name]
+    make, default = NUMBERED[base]
+    if not colon and default is not None:
+        return make(default)
+    if not number.isdecimal():
+        raise ValueError(f"attention schedule {name!r} needs a whole number after the colon, such as '{base}:2'")
+    return make(int(number))
+
+
+def check_pair(forward: str, backward: str) -> None:
+    """Raises ValueError unless ``backward`` finds what it needs after ``forward``.
+
+    ``ring``, ``ulysses`` and ``hybrid`` go backward from what their own forward kept; every other backward follows any
+    forward.
+    """
+    get_schedule(forward), get_schedule(backward)
+    if backward.partition(":")[0] in _KEEPING and forward != backward:
+        raise ValueError(
+            f"backward schedule {backward!r} starts from what its own forward keeps, but forward is {forward!r}:"
+            f" choose {backward!r} for both, or a backward of ring_q, token_ring, direct, all_gather, double_ring"
+        )

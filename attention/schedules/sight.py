@@ -1,0 +1,159 @@
+"""Which chunks see each other, and how far along a ring a chunk is looked at.
+
+Schedules ask only this of a mask. A *block* is what one member owns, or, with ``width`` > 1, what ``width`` neighbouring
+members (a node) own together; a ring of blocks has ``size // width`` places.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
+from itertools import pairwise
+
+from hdp.attention.layout import Layout, Range, Ranges
+from hdp.attention.mask import Mask
+from hdp.attention.program import Heads, Kind, Tile, Transfer
+
+Hops = tuple[int, int]  # first and last place after its owner's that looks at a chunk; (0, 0) if none does
+
+
+class Sight:
+    """The mask between the chunks of one layout, and a ring of its blocks.
+
+    Hops are counted in ``direction`` (+1 or -1) from the block of a chunk's owner, 1 .. places - 1.
+    """
+
+    def __init__(self, layout: Layout, mask: Mask, width: int = 1) -> None:
+        if layout.size % width:
+            raise ValueError(
+                f"a group of {layout.size} ranks does not divide into nodes of {width}: choose a divisor of {layout.size}"
+            )
+        self.layout, self.mask, self.width = layout, mask, width
+        self.places = layout.size // width
+        # Chunks that lie one after the other, none empty: what a chunk sees is then an interval of chunks.
+        self._starts = [ranges[0][0] for ranges in layout.chunks] if _is_run(layout) else []
+        self._hops: dict[tuple[int, int, bool], Hops] = {}
+
+    def chunks(self, block: int) -> tuple[int, ...]:
+        """Chunks of a block that hold tokens, ascending."""
+        members = range(block * self.width, (block + 1) * self.width)
+        return tuple(sorted(c for m in members for c in self.layout.owned(m) if self.layout.tokens(c)))
+
+    def sees(self, query: int, key: int) -> bool:
+        """Whether some token of chunk ``query`` sees some token of chunk ``key``."""
+        return sees_ranges(self.mask, self.layout.chunks[query], self.layout.chunks[key])
+
+    def seen(self, queries: Iterable[int], keys: Iterable[int]) -> tuple[int, ...]:
+        """Those of ``keys`` that some of ``queries`` sees."""
+        queries = tuple(queries)
+        return tuple(k for k in keys if any(self.sees(q, k) for q in queries))
+
+    def seeing(self, queries: Iterable[int], keys: Iterable[int]) -> tuple[int, ...]:
+        """Those of ``queries`` that see some of ``keys``."""
+        keys = tuple(keys)
+        return tuple(q for q in queries if any(self.sees(q, k) for k in keys))
+
+    def tiles(self, queries: tuple[int, ...], keys: tuple[int, ...], heads: Heads) -> tuple[Tile, ...]:
+        """One tile of the chunks that matter, or none."""
+        rows = self.seeing(queries, keys)
+        if not rows or heads[0] >= heads[1]:
+            return ()
+        return (Tile(queries=rows, keys=self.seen(rows, keys), heads=heads),)
+
+    def hops(self, chunk: int, direction: int, is_key: bool) -> Hops:
+        """First and last hop at which a block looks at ``chunk``: its queries (``is_key``) or its keys."""
+        key = (chunk, direction, is_key)
+        if key not in self._hops:
+            self._hops[key] = self._find_hops(chunk, direction, is_key)
+        return self._hops[key]
+
+    def _find_hops(self, chunk: int, direction: int, is_key: bool) -> Hops:
+        origin = self.layout.owners[chunk] // self.width
+        if not self.layout.tokens(chunk):
+            return 0, 0
+        if self._starts:
+            candidates = self._interval_hops(chunk, origin, direction, is_key)
+        else:
+            candidates = self._scan_hops(chunk, origin, direction, is_key)
+        return (min(candidates), max(candidates)) if candidates else (0, 0)
+
+    def _interval_hops(self, chunk: int, origin: int, direction: int, is_key: bool) -> list[int]:
+        """Ends of the intervals of places that hold the chunks in view: constant time."""
+        low, high = _view(self.mask, self.layout.chunks[chunk][0], is_key)
+        first = max(bisect_right(self._starts, low) - 1, 0)
+        last = bisect_left(self._starts, high) - 1
+        size, places = self.layout.size, self.places
+        found = set()
+        # Front chunks 0 .. size - 1 belong to members in order, back chunks in reverse order (zigzag only).
+        for a, b in ((first, min(last, size - 1)), (2 * size - 1 - last, 2 * size - 1 - max(first, size))):
+            a, b = a // self.width, b // self.width
+            if a > b:
+                continue
+            ends = {a, b, *(p % places for p in (origin - 1, origin + 1) if a <= p % places <= b)}
+            found |= {direction * (p - origin) % places for p in ends}
+        return sorted(found - {0})
+
+    def _scan_hops(self, chunk: int, origin: int, direction: int, is_key: bool) -> list[int]:
+        def looks(hop: int) -> bool:
+            others = self.chunks((origin + direction * hop) % self.places)
+            return any(self.sees(o, chunk) if is_key else self.sees(chunk, o) for o in others)
+
+        last = next((h for h in range(self.places - 1, 0, -1) if looks(h)), 0)
+        first = next((h for h in range(1, last) if looks(h)), last)
+        return [first, last] if last else []
+
+
+def _is_run(layout: Layout) -> bool:
+    return layout.name in ("zigzag", "contiguous") and all(
+        len(ranges) == 1 and ranges[0][0] < ranges[0][1] for ranges in layout.chunks
+    )
+
+
+def _view(mask: Mask, tokens: Range, is_key: bool) -> Range:
+    """Queries that see some key of ``tokens``, or keys that some query of ``tokens`` sees: [start, stop)."""
+    if not is_key:
+        return mask.visible(tokens[0])[0], mask.visible(tokens[1] - 1)[1]
+    reach = mask.window if mask.window is not None else 1 << 60
+    return tokens[0] if mask.causal else tokens[0] - reach + 1, tokens[1] - 1 + reach
+
+
+def sees_ranges(mask: Mask, queries: Ranges, keys: Ranges) -> bool:
+    """Whether some query sees some key; both lists ascend. Linear in the ranges, constant without a window."""
+    if len(queries) == 1 and len(keys) == 1:
+        return mask.sees_any(queries[0], keys[0])
+    queries = tuple(r for r in queries if r[0] < r[1])
+    keys = tuple(r for r in keys if r[0] < r[1])
+    if not queries or not keys:
+        return False
+    if mask.window is None:
+        return mask.sees_any((queries[0][0], queries[-1][1]), (keys[0][0], keys[-1][1]))
+    starts = [start for start, _ in keys]
+    for q in queries:
+        low, high = mask.visible(q[0])[0], mask.visible(q[1] - 1)[1]
+        last = bisect_left(starts, high) - 1  # the last range that begins before the view ends
+        if last >= 0 and keys[last][1] > low:
+            return True
+    return False
+
+
+def send(
+    kind: Kind, chunks: tuple[int, ...], heads: Heads, peer: int, lane: int = 0, final: bool = False
+) -> tuple[Transfer, ...]:
+    """One transfer, or none where nothing is to be sent."""
+    if not chunks or heads[0] >= heads[1]:
+        return ()
+    return (Transfer(kind=kind, chunks=chunks, heads=heads, peer=peer, lane=lane, final=final),)
+
+
+def split(start: int, stop: int, parts: int) -> list[Heads]:
+    """[start, stop) in ``parts`` ranges whose sizes differ by at most one; some are empty if there are too few."""
+    count = stop - start
+    return [(start + count * i // parts, start + count * (i + 1) // parts) for i in range(parts)]
+
+
+def whole_groups(queries: Heads, group: int) -> list[Heads]:
+    """Query heads cut into pieces that each read whole key/value heads, or lie inside one of them."""
+    start, stop = queries
+    up, down = -(-start // group) * group, stop // group * group
+    cuts = sorted({start, stop, *(c for c in (up, down) if start < c < stop)})
+    return list(pairwise(cuts))
