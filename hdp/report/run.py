@@ -12,8 +12,9 @@ from hdp.report import settings as settings_
 from hdp.report.curve import draw_loss
 from hdp.report.metrics import Metrics
 from hdp.report.progress import Progress, clock
+from hdp.report.recording import title, write_step
 from hdp.report.summary import table
-from hdp.report.timeline import draw_step
+from hdp.report.timeline import Step, draw_steps
 
 
 class World(Protocol):
@@ -31,8 +32,8 @@ class Run:
 
     ``folder``: where to write; when it exists already, ``folder-2``, ``folder-3``, ... (no run is overwritten). ``steps``:
     how many there will be, None when that is not known. ``settings``: anything JSON holds that reproduces the run, beside
-    what is collected anyway. ``tensorboard``, ``figures``: False to leave them out. Raises ImportError when they are asked
-    for and not installed.
+    what is collected anyway. ``tensorboard``, ``figures``: False to leave them out. ``picture``: the step to draw, None for
+    the one whose groups differ most. Raises ImportError when something is asked for and not installed.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class Run:
         settings: dict[str, Any] | None = None,
         tensorboard: bool = True,
         figures: bool = True,
+        picture: int | None = None,
     ) -> None:
         self.speaks = world.rank == 0
         self.history: list[dict[str, Any]] = []
         self.evaluations: list[tuple[int, float]] = []
         self._figures = figures
+        self._picture = picture
         self._pictured: tuple[Any, Any] | None = None
         self._began = time.monotonic()
         if not self.speaks:
@@ -104,15 +107,20 @@ class Run:
             print(text, file=sys.stderr, flush=True)
 
     def _keep_for_the_picture(self, batch: Any, result: Any) -> None:
-        """The step whose groups differ most; the first step, in which everything warms up, only when there is no other."""
-        if len(self.history) == 2:
-            self._pictured = None
+        """The step that was asked for, else the one whose groups differ most.
+
+        The first step, in which everything warms up, is kept only as long as there is no other.
+        """
 
         def worth(kept: tuple[Any, Any]) -> tuple[int, int]:
             sizes = kept[0].plan.group_sizes()
             return len(sizes), min(sizes[max(sizes)], 3) if sizes else 0
 
-        if self._pictured is None or worth((batch, result)) > worth(self._pictured):
+        if self._picture is not None:
+            better = batch.step == self._picture
+        else:
+            better = self._pictured is None or len(self.history) == 2 or worth((batch, result)) > worth(self._pictured)
+        if better:
             self._pictured = (batch, result)
 
     def summary(self) -> str:
@@ -158,12 +166,9 @@ class Run:
         if self._pictured is None:
             return
         batch, result = self._pictured
-        title = (
-            f"step {batch.step}: {result.tokens:,} tokens in {len(batch.plan.lengths)} documents, "
-            f"groups {batch.plan.describe_groups()}, planner {batch.plan.planner}, "
-            f"imbalance {result.imbalance:.2f}, waiting {result.waiting_share:.0%}"
-        )
-        draw_step(self.folder / "step.png", plan=batch.plan, spans=result.spans, seconds=result.seconds, title=title)
+        step = Step(plan=batch.plan, spans=result.spans, seconds=result.seconds, title=title(batch, result))
+        write_step(self.folder / "step.json", step)
+        draw_steps(self.folder / "step.png", [step])
 
     def __enter__(self) -> Run:
         return self

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from hdp.report.curve import INK, SOFT, pyplot
 
 if TYPE_CHECKING:
@@ -21,6 +23,19 @@ if TYPE_CHECKING:
 NOTHING = "#d8dae0"  # a rank that takes part without a token of its own
 LANE = 0.78  # of the distance between two ranks
 MARGINS = 1.35  # inches above and below the lanes: title, time axis, legend
+GAP = 0.75  # inches between two steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step to draw."""
+
+    plan: Plan
+    spans: Sequence[Any]
+    """As in ``hdp.StepResult``: ``rank, slot, kind, start, stop`` (seconds from the step's begin), ``sequences``."""
+    seconds: float
+    """How long the step took."""
+    title: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,48 +79,60 @@ def strips(plan: Plan, spans: Iterable[Any]) -> list[Strip]:
 
 
 def colours(plan: Plan) -> dict[int, str]:
-    """One colour a document: hues a golden angle apart, shared documents strong, whole ones pale."""
-    shared = [s for s in range(len(plan.lengths)) if len(plan.group(s)) > 1]
-    order = sorted(shared, key=lambda s: -plan.lengths[s]) + [
-        s for s in range(len(plan.lengths)) if s not in set(shared)
-    ]
+    """One colour a document: hues a golden angle apart, shared documents strong, whole ones pale.
+
+    Hues follow the lengths alone, so a document looks alike in two plans of the same batch.
+    """
     chosen = {}
-    for place, sequence in enumerate(order):
+    for place, sequence in enumerate(np.argsort(-plan.lengths, kind="stable").tolist()):
         hue = (0.58 + place * 0.381966) % 1.0
-        is_shared = place < len(shared)
+        is_shared = len(plan.group(sequence)) > 1
         lightness, saturation = (0.47, 0.62) if is_shared else (0.70 + 0.06 * (place % 3), 0.42)
         red, green, blue = colorsys.hls_to_rgb(hue, lightness, saturation)
         chosen[sequence] = f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
     return chosen
 
 
-def draw_step(path: Path, *, plan: Plan, spans: Sequence[Any], seconds: float, title: str = "") -> None:
-    """Draws one step of all ranks. ``spans`` as in ``StepResult.spans``; ``seconds``: how long the step took."""
+def draw_steps(path: Path, steps: Sequence[Step]) -> None:
+    """Draws one or more steps, one below the other, on one time scale, so that their lengths compare by eye."""
     plt = pyplot()
-    ranks = plan.world_size
-    height = min(MARGINS + 0.75 * ranks, 40)
-    figure, axes = plt.subplots(figsize=(11, height), dpi=150)
-    cut, colour = strips(plan, spans), colours(plan)
+    lanes = [step.plan.world_size for step in steps]
+    panels = [0.75 * count for count in lanes]
+    height = sum(panels) + GAP * (len(steps) - 1) + MARGINS
+    shrink = min(1.0, 40 / height)
+    figure, all_axes = plt.subplots(
+        len(steps), 1, figsize=(11, height * shrink), dpi=150, sharex=True, squeeze=False, height_ratios=panels
+    )
+    seconds = max(step.seconds for step in steps)
+    any_dummy = False
+    for step, axes in zip(steps, all_axes[:, 0], strict=True):
+        cut = strips(step.plan, step.spans)
+        any_dummy |= any(strip.sequence is None and strip.kind == "compute" for strip in cut)
+        _draw_panel(axes, step, cut, seconds)
+    all_axes[-1, 0].set_xlabel("seconds", color=INK)
+    _draw_legend(figure, any_dummy)
+    figure.subplots_adjust(
+        left=0.065, right=0.985, bottom=0.95 / height, top=1 - 0.4 / height, hspace=GAP * len(panels) / sum(panels)
+    )
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _draw_panel(axes: Any, step: Step, cut: Sequence[Strip], seconds: float) -> None:
+    ranks, colour = step.plan.world_size, colours(step.plan)
     _draw_strips(axes, cut, colour)
-    labelled = ranks <= 16
-    if labelled:
-        _draw_names(axes, plan, cut, seconds, colour)
     axes.set_xlim(0, seconds)
     axes.set_ylim(ranks - 0.5, -0.5)
-    if labelled:
+    if ranks <= 16:
+        _draw_names(axes, step.plan, cut, seconds, colour)
         axes.set_yticks(range(ranks), [f"rank {rank}" for rank in range(ranks)])
     else:
         axes.set_ylabel("rank", color=INK)
     axes.tick_params(axis="y", length=0, colors=INK)
-    axes.set_xlabel("seconds", color=INK)
-    axes.set_title(title, loc="left", fontsize=10, color=INK, pad=10)
+    axes.tick_params(axis="x", colors=SOFT)
+    axes.set_title(step.title, loc="left", fontsize=10, color=INK, pad=10)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.tick_params(axis="x", colors=SOFT)
-    _draw_legend(figure, any(s.sequence is None and s.kind == "compute" for s in cut))
-    figure.subplots_adjust(left=0.065, right=0.985, bottom=0.95 / height, top=1 - 0.4 / height)
-    figure.savefig(path)
-    plt.close(figure)
 
 
 def _draw_strips(axes: Any, cut: Sequence[Strip], colour: dict[int, str]) -> None:

