@@ -20,6 +20,7 @@ PLANNERS: dict[str, str] = {
     "static-ffd": "static",
     "static-balanced": "static",
     "naive": "naive",
+    "auto": "auto",
 }
 """Planner name to the module of this package that holds it; each module has ``make(problem, name) -> Plan``."""
 

@@ -1,0 +1,77 @@
+// hdp._planner: the search of the planner `auto`.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "planner_slot.h"
+#include "planner_step.h"
+
+namespace py = pybind11;
+using planner::i64;
+
+namespace {
+
+using Array = py::array_t<i64, py::array::c_style>;
+
+// Terms of all sequences, longest first: rows length, smallest group, linear, attention forward and backward, ring within
+// a node forward and backward, ring across nodes forward and backward.
+constexpr int kRows = 9;
+
+planner::Sequences sequences(const Array& terms) {
+  if (terms.ndim() != 2 || terms.shape(0) != kRows) {
+    throw std::invalid_argument("terms must be an int64 array of 9 rows, one column a sequence");
+  }
+  planner::Sequences seq;
+  seq.count = static_cast<int>(terms.shape(1));
+  const i64* rows[kRows];
+  for (int i = 0; i < kRows; ++i) rows[i] = terms.data() + i * terms.shape(1);
+  seq.length = rows[0];
+  seq.smallest = rows[1];
+  seq.linear = rows[2];
+  for (int phase = 0; phase < 2; ++phase) {
+    seq.attention[phase] = rows[3 + phase];
+    seq.ring[0][phase] = rows[5 + phase];
+    seq.ring[1][phase] = rows[7 + phase];
+  }
+  seq.finish();
+  return seq;
+}
+
+py::tuple solve(const Array& terms, int world, int node, i64 capacity, i64 latency_within, i64 latency_across,
+                const std::string& regime, int effort) {
+  if (world < 1 || node < 1 || capacity < 1) throw std::invalid_argument("world, node and capacity must be at least 1");
+  const planner::Sequences seq = sequences(terms);
+  planner::Machine machine{world, node, capacity, {latency_within, latency_across}};
+  planner::Assignment plan;
+  {
+    py::gil_scoped_release release;
+    plan = regime == "slot" ? planner::plan_slot(machine, seq, effort) : planner::plan_step(machine, seq, effort);
+  }
+  Array offsets(seq.count + 1), slots(seq.count);
+  i64 total = 0;
+  offsets.mutable_at(0) = 0;
+  for (int d = 0; d < seq.count; ++d) {
+    total += static_cast<i64>(plan.groups[d].size());
+    offsets.mutable_at(d + 1) = total;
+    slots.mutable_at(d) = plan.slots[d];
+  }
+  Array ranks(total);
+  i64* out = ranks.mutable_data();
+  for (int d = 0; d < seq.count; ++d) {
+    for (int r : plan.groups[d]) *out++ = r;
+  }
+  return py::make_tuple(slots, offsets, ranks, plan.makespan);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_planner, m) {
+  m.doc() = "Search of the planner auto: terms of sequences in, slots and groups out. Integers throughout.";
+  m.def("solve", &solve, py::arg("terms"), py::arg("world"), py::arg("node"), py::arg("capacity"),
+        py::arg("latency_within"), py::arg("latency_across"), py::arg("regime"), py::arg("effort"),
+        "Slots [sequences], group offsets [sequences + 1], group ranks and the makespan in ticks. `terms`: int64 [9, "
+        "sequences], longest first.");
+}

@@ -1,0 +1,317 @@
+// The board: ranks that fill up with shares until a target time, in three passes from the widest groups to the narrowest.
+//
+// (1) Sequences that need several nodes take windows of whole nodes. (2) Sequences that need several ranks are spread
+// inside one node. (3) The others stay whole, longest first, on the least loaded rank; one that would break the target is
+// spread over ranks with room instead, which is what levels the last wave. Groups of the three passes are nested, so that
+// ranks that meet have had the same shared work before and do not wait.
+#pragma once
+
+#include <numeric>
+#include <queue>
+#include <utility>
+
+#include "planner_core.h"
+
+namespace planner {
+
+struct BoardOptions {
+  i64 target = 0;           // ticks that no rank should exceed
+  bool barrier = false;     // regime slot: one micro-batch a rank; tokens count, waiting does not; leftovers are allowed
+  i64 spread_from = kNever;  // sequences of at least this many tokens are spread inside a node though they fit one rank
+};
+
+class Board {
+ public:
+  Board(const Machine& machine, const Sequences& seq, const BoardOptions& options)
+      : machine_(machine),
+        seq_(seq),
+        options_(options),
+        load(machine.world, 0),
+        tokens(machine.world, 0),
+        node_sum_(machine.nodes(), 0),
+        node_most_(machine.nodes(), 0),
+        node_tokens_(machine.nodes(), 0) {}
+
+  // Places the sequences of `order` (ascending, so longest first); returns those left over, in order.
+  std::vector<int> fill(const std::vector<int>& order, std::vector<std::vector<int>>& groups) {
+    std::vector<int> wide, inside, whole, left;
+    const i64 size = machine_.largest();
+    for (int d : order) {
+      const bool fits_rank = seq_.smallest[d] <= 1 && seq_.work[d] <= options_.target;
+      if (seq_.smallest[d] > size || (!fits_rank && share(machine_, seq_, d, size, 0) > options_.target)) {
+        wide.push_back(d);
+      } else if (!fits_rank || (size > 1 && seq_.length[d] >= options_.spread_from)) {
+        inside.push_back(d);
+      } else {
+        whole.push_back(d);
+      }
+    }
+    for (int d : wide) settle(d, place_wide(d, options_.target), groups, left);
+    for (int d : inside) settle(d, place_inside(d), groups, left);
+    place_whole(whole, groups, left);
+    std::sort(left.begin(), left.end());
+    return left;
+  }
+
+  i64 most() const { return *std::max_element(load.begin(), load.end()); }
+
+ private:
+  using Ranks = std::vector<int>;
+  struct Choice {
+    Ranks ranks;
+    i64 finish = kNever;
+    i64 waste = kNever;
+    bool feasible = false;
+  };
+
+  const Machine& machine_;
+  const Sequences& seq_;
+  BoardOptions options_;
+  int spreads_left_ = 4096;  // budget of searches over the whole world
+  std::vector<int> by_load_;
+
+ public:
+  std::vector<i64> load;    // ticks of each rank
+  std::vector<i64> tokens;  // of each rank
+  std::vector<int> shared;  // shared sequences in the order in which they were placed
+
+ private:
+  std::vector<i64> node_sum_, node_most_, node_tokens_;
+
+  void put(int d, const Ranks& ranks, i64 ticks) {
+    const i64 n = static_cast<i64>(ranks.size());
+    for (i64 m = 0; m < n; ++m) {
+      const int r = ranks[m], v = r / machine_.node;
+      load[r] += ticks;
+      tokens[r] += seq_.length[d] / n + (m < seq_.length[d] % n);
+      node_sum_[v] += ticks;
+      node_most_[v] = std::max(node_most_[v], load[r]);
+      node_tokens_[v] = std::max(node_tokens_[v], tokens[r]);
+    }
+    if (n > 1) shared.push_back(d);
+  }
+
+  int across(const Ranks& ranks) const {
+    return ranks.front() / machine_.node != ranks.back() / machine_.node;
+  }
+
+  bool better(const Choice& a, const Choice& b) const {
+    if (a.feasible != b.feasible) return a.feasible;
+    if (a.feasible && a.waste != b.waste) return a.waste < b.waste;
+    return a.finish < b.finish;
+  }
+
+  // Puts `d` where `choice` says; in regime slot only if that keeps the target.
+  void settle(int d, Choice choice, std::vector<std::vector<int>>& groups, std::vector<int>& left) {
+    if (choice.ranks.empty() || (options_.barrier && !choice.feasible)) {
+      left.push_back(d);
+      return;
+    }
+    std::sort(choice.ranks.begin(), choice.ranks.end());
+    put(d, choice.ranks, share(machine_, seq_, d, choice.ranks.size(), across(choice.ranks)));
+    groups[d] = std::move(choice.ranks);
+  }
+
+  // Windows of m whole nodes for a few m from the fewest that keep the target to the most that hide the ring.
+  Choice place_wide(int d, i64 target) {
+    const i64 world = machine_.world, node = machine_.node;
+    const i64 low = std::max<i64>(seq_.smallest[d], std::min<i64>(world, node + 1));
+    i64 fewest_ranks = fewest(machine_, seq_, d, target, low, world, 1);
+    if (fewest_ranks > world) fewest_ranks = options_.barrier ? world + 1 : world;
+    if (fewest_ranks > world) return {};
+    const i64 first = ceil_div(fewest_ranks, node);
+    const i64 last = std::max(first, most_hidden(machine_, seq_, d, world, 1) / node);
+    const i64 stride = std::max<i64>(1, (last - first) / 8);
+    Choice best;
+    for (i64 m = first; m <= std::min<i64>(last, machine_.nodes()); m += stride) {
+      Choice found = window(d, static_cast<int>(m), target);
+      if (!found.ranks.empty() && (best.ranks.empty() || better(found, best))) best = std::move(found);
+    }
+    return best;
+  }
+
+  // The window of m nodes that is free first; among those the one with the least waiting.
+  Choice window(int d, int m, i64 target) {
+    const int nodes = machine_.nodes();
+    if (m > nodes) return {};
+    i64 best_start = kNever, best_wait = kNever, sum = 0;
+    int best_v = -1;
+    std::vector<int> deque(nodes);
+    int head = 0, tail = 0, blocked = -1;
+    for (int v = 0; v < nodes; ++v) {
+      while (tail > head && node_most_[deque[tail - 1]] <= node_most_[v]) --tail;
+      deque[tail++] = v;
+      sum += node_sum_[v];
+      const int first = v - m + 1;
+      if (options_.barrier && node_tokens_[v] + ceil_div(seq_.length[d], i64{m} * machine_.node) > room_of(d)) blocked = v;
+      if (first < 0) continue;
+      if (deque[head] < first) ++head;
+      const i64 ranks = machine_.end(v) - machine_.begin(first);
+      if (blocked < first && ranks >= seq_.smallest[d]) {
+        const i64 start = node_most_[deque[head]], wait = start * ranks - sum;
+        if (start < best_start || (start == best_start && wait < best_wait)) {
+          best_start = start, best_wait = wait, best_v = first;
+        }
+      }
+      sum -= node_sum_[first];
+    }
+    if (best_v < 0) return {};
+    Choice choice;
+    for (int r = machine_.begin(best_v); r < machine_.end(best_v + m - 1); ++r) choice.ranks.push_back(r);
+    measure(d, choice, best_start, options_.barrier ? 0 : best_wait, target);
+    return choice;
+  }
+
+  void measure(int d, Choice& choice, i64 start, i64 wait, i64 target) const {
+    const i64 n = static_cast<i64>(choice.ranks.size());
+    const i64 ticks = share(machine_, seq_, d, n, n > 1 && across(choice.ranks));
+    choice.finish = start + ticks;
+    choice.waste = wait + n * ticks - seq_.work[d];
+    choice.feasible = choice.finish <= target;
+  }
+
+  // Tokens that one micro-batch with a share of `d` may hold (more than the capacity only for an offloaded share).
+  i64 room_of(int d) const {
+    return std::max(machine_.capacity, ceil_div(seq_.length[d], std::max<i64>(1, seq_.smallest[d])));
+  }
+
+  // On the least loaded node that has room; if that breaks the target, over several nodes if that keeps it.
+  Choice place_inside(int d) {
+    int best_v = -1;
+    i64 best_load = kNever;
+    for (int v = 0; v < machine_.nodes(); ++v) {
+      const i64 n = machine_.end(v) - machine_.begin(v);
+      if (n < seq_.smallest[d]) continue;
+      if (options_.barrier && node_tokens_[v] + ceil_div(seq_.length[d], n) > room_of(d)) continue;
+      const i64 average = node_sum_[v] / n;
+      if (average < best_load) best_load = average, best_v = v;
+    }
+    Choice choice = best_v < 0 ? Choice{} : inside(d, best_v, hidden_inside(d));
+    if (choice.feasible) return choice;
+    Choice spread = spread_world(d);
+    return !spread.ranks.empty() && (choice.ranks.empty() || better(spread, choice)) ? spread : choice;
+  }
+
+  i64 hidden_inside(int d) const {
+    const i64 size = machine_.largest();
+    return std::max(seq_.smallest[d], most_hidden(machine_, seq_, d, size, 0));
+  }
+
+  // Over the least loaded ranks of node v: `n` of them, or more where that keeps the target.
+  Choice inside(int d, int v, i64 n) {
+    Ranks ranks(machine_.end(v) - machine_.begin(v));
+    std::iota(ranks.begin(), ranks.end(), machine_.begin(v));
+    std::sort(ranks.begin(), ranks.end(), [&](int a, int b) { return std::pair(load[a], a) < std::pair(load[b], b); });
+    const i64 size = static_cast<i64>(ranks.size());
+    Choice best;
+    for (i64 k = std::max<i64>(2, seq_.smallest[d]); k <= size; ++k) {
+      if (k < std::min(n, size) && options_.spread_from == kNever && !options_.barrier) continue;
+      Choice choice;
+      choice.ranks.assign(ranks.begin(), ranks.begin() + k);
+      if (!tokens_fit(d, choice.ranks)) continue;
+      i64 wait = 0;
+      for (int r : choice.ranks) wait += load[ranks[k - 1]] - load[r];
+      measure(d, choice, load[ranks[k - 1]], options_.barrier ? 0 : wait, options_.target);
+      // Evenly loaded nodes take later sequences better than one rank filled to the brim.
+      choice.waste += size * choice.finish / 64;
+      if (best.ranks.empty() || better(choice, best)) best = std::move(choice);
+    }
+    return best;
+  }
+
+  bool tokens_fit(int d, const Ranks& ranks) const {
+    if (!options_.barrier) return true;
+    const i64 part = ceil_div(seq_.length[d], static_cast<i64>(ranks.size()));
+    return std::all_of(ranks.begin(), ranks.end(), [&](int r) { return tokens[r] + part <= room_of(d); });
+  }
+
+  // Over the least loaded ranks anywhere: how the last wave is levelled when no node has room of its own.
+  Choice spread_world(int d) {
+    if (spreads_left_ <= 0) return {};
+    --spreads_left_;
+    const i64 low = std::max<i64>(2, seq_.smallest[d]);
+    const i64 high = std::min<i64>(machine_.world, std::max<i64>(low, 2 * most_hidden(machine_, seq_, d, machine_.world, 1)));
+    by_load_.resize(machine_.world);
+    std::iota(by_load_.begin(), by_load_.end(), 0);
+    const auto lighter = [&](int a, int b) { return std::pair(load[a], a) < std::pair(load[b], b); };
+    std::partial_sort(by_load_.begin(), by_load_.begin() + high, by_load_.end(), lighter);
+    Choice best;
+    i64 sum = 0;
+    const i64 stride = std::max<i64>(1, (high - low) / 16);
+    for (i64 k = 1; k <= high; ++k) {
+      sum += load[by_load_[k - 1]];
+      if (k < low || (k - low) % stride) continue;
+      Choice choice;
+      choice.ranks.assign(by_load_.begin(), by_load_.begin() + k);
+      if (!tokens_fit(d, choice.ranks)) continue;
+      std::sort(choice.ranks.begin(), choice.ranks.end());
+      const i64 start = load[by_load_[k - 1]];
+      measure(d, choice, start, options_.barrier ? 0 : start * k - sum, options_.target);
+      if (best.ranks.empty() || better(choice, best)) best = std::move(choice);
+    }
+    return best;
+  }
+
+  // Longest first on the least loaded rank. Ranks without room for a sequence wait aside until shorter ones come.
+  void place_whole(const std::vector<int>& whole, std::vector<std::vector<int>>& groups, std::vector<int>& left) {
+    using Entry = std::pair<i64, int>;
+    std::priority_queue<Entry, std::vector<Entry>, std::greater<Entry>> ranks;
+    std::priority_queue<Entry> aside;  // by room
+    for (int r = 0; r < machine_.world; ++r) ranks.push({load[r], r});
+    for (int d : whole) {
+      while (!aside.empty() && aside.top().first >= seq_.length[d]) {
+        const int r = aside.top().second;
+        aside.pop();
+        ranks.push({load[r], r});
+      }
+      int rank = -1;
+      while (!ranks.empty()) {
+        const auto [ticks, r] = ranks.top();
+        if (ticks != load[r]) {
+          ranks.pop();
+          ranks.push({load[r], r});
+        } else if (options_.barrier && tokens[r] + seq_.length[d] > machine_.capacity) {
+          ranks.pop();
+          aside.push({machine_.capacity - tokens[r], r});
+        } else {
+          rank = r;
+          break;
+        }
+      }
+      if (rank >= 0 && load[rank] + seq_.work[d] <= options_.target) {
+        put(d, {rank}, seq_.work[d]);
+        groups[d] = {rank};
+        continue;
+      }
+      settle(d, level(d, rank), groups, left);
+    }
+  }
+
+  // A sequence that no rank can take whole within the target: spread where that helps, whole where it does not.
+  Choice level(int d, int rank) {
+    Choice best;
+    if (rank >= 0) {
+      best.ranks = {rank};
+      measure(d, best, load[rank], 0, options_.target);
+    }
+    if (seq_.work[d] < options_.target / 512) return best;
+    Choice inside_node = machine_.largest() > 1 ? place_level_inside(d) : Choice{};
+    if (!inside_node.ranks.empty() && (best.ranks.empty() || better(inside_node, best))) best = std::move(inside_node);
+    if (best.feasible) return best;
+    Choice world = spread_world(d);
+    if (!world.ranks.empty() && (best.ranks.empty() || better(world, best))) best = std::move(world);
+    return best;
+  }
+
+  Choice place_level_inside(int d) {
+    int best_v = -1;
+    i64 best_load = kNever;
+    for (int v = 0; v < machine_.nodes(); ++v) {
+      const i64 average = node_sum_[v] / (machine_.end(v) - machine_.begin(v));
+      if (average < best_load) best_load = average, best_v = v;
+    }
+    return inside(d, best_v, 2);
+  }
+};
+
+}  // namespace planner

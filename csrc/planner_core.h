@@ -1,0 +1,88 @@
+// Sequences, machine and cost of a share: the arithmetic of hdp.balance.cost, in whole ticks.
+//
+// Sequences arrive longest first and are numbered by that order; everything here and above it is integer arithmetic with
+// fixed ties, so that every machine makes the same plan.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+namespace planner {
+
+using i64 = std::int64_t;
+constexpr i64 kNever = std::numeric_limits<i64>::max() / 4;
+
+inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// Nodes of `node` consecutive ranks; the last may be smaller.
+struct Machine {
+  int world = 0;
+  int node = 0;
+  i64 capacity = 0;       // tokens of a micro-batch
+  i64 latency[2] = {0, 0};  // one hop in all layers: within a node, across nodes
+
+  int nodes() const { return (world + node - 1) / node; }
+  int begin(int v) const { return v * node; }
+  int end(int v) const { return std::min(world, (v + 1) * node); }
+  int largest() const { return std::min(node, world); }
+};
+
+struct Sequences {
+  int count = 0;
+  const i64* length = nullptr;
+  const i64* linear = nullptr;        // everything but attention, forward and backward
+  const i64* attention[2] = {};       // forward, backward
+  const i64* ring[2][2] = {};         // [within, across][forward, backward]: all of it over one link
+  const i64* smallest = nullptr;      // fewest ranks that hold the sequence
+  std::vector<i64> work;              // on one rank
+
+  void finish() {
+    work.resize(count);
+    for (int d = 0; d < count; ++d) work[d] = linear[d] + attention[0][d] + attention[1][d];
+  }
+};
+
+// Ticks of one member's share: n tiles a pass, each but the last hiding the next hop.
+inline i64 share(const Machine& machine, const Sequences& seq, int d, i64 n, int across) {
+  if (n <= 1) return seq.work[d];
+  i64 total = ceil_div(seq.linear[d], n);
+  for (int phase = 0; phase < 2; ++phase) {
+    const i64 attention = seq.attention[phase][d];
+    const i64 hops = (n - 1) * machine.latency[across] + ceil_div((n - 1) * seq.ring[across][phase][d], n) +
+                     attention / n / n;
+    total += std::max(ceil_div(attention, n), hops);
+  }
+  return total;
+}
+
+// Fewest ranks in [low, high] whose share is at most `ticks`; high + 1 when there is none. Shares fall with n.
+inline i64 fewest(const Machine& machine, const Sequences& seq, int d, i64 ticks, i64 low, i64 high, int across) {
+  i64 bad = low - 1, good = high + 1;
+  while (good - bad > 1) {
+    const i64 mid = (good + bad) / 2;
+    (share(machine, seq, d, mid, across) <= ticks ? good : bad) = mid;
+  }
+  return good;
+}
+
+// Most ranks in [1, high] over which the ring still hides, up to 1/128 of the work.
+inline i64 most_hidden(const Machine& machine, const Sequences& seq, int d, i64 high, int across) {
+  const i64 limit = seq.work[d] + seq.work[d] / 128;
+  i64 good = 1, bad = high + 1;
+  while (bad - good > 1) {
+    const i64 mid = (good + bad) / 2;
+    (share(machine, seq, d, mid, across) * mid <= limit ? good : bad) = mid;
+  }
+  return good;
+}
+
+// Where the sequences of one plan run.
+struct Assignment {
+  std::vector<std::vector<int>> groups;  // ranks of each sequence, ascending; empty: not placed
+  std::vector<i64> slots;
+  i64 makespan = kNever;
+};
+
+}  // namespace planner

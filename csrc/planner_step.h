@@ -1,0 +1,163 @@
+// Regime step: ranks run freely and meet at the end. Fill a board up to a target, order what each rank got, raise the
+// target until the board holds.
+#pragma once
+
+#include "planner_board.h"
+
+namespace planner {
+
+// Slots and the makespan of an assignment: shared sequences in the order given, each when its last sharer is ready; whole
+// sequences fill the time that a sharer would wait, and the rest follows.
+class Ordering {
+ public:
+  Ordering(const Machine& machine, const Sequences& seq, Assignment& plan)
+      : machine_(machine), seq_(seq), plan_(plan), ready_(machine.world, 0), next_(machine.world, 0),
+        last_(machine.world, -1), whole_(machine.world) {}
+
+  void run(const std::vector<int>& shared) {
+    plan_.slots.assign(seq_.count, -1);
+    for (int d = 0; d < seq_.count; ++d) {
+      if (plan_.groups[d].size() == 1) whole_[plan_.groups[d][0]].push_back(d);
+    }
+    for (int d : shared) {
+      if (!join(d)) open(d);
+    }
+    for (int r = 0; r < machine_.world; ++r) {
+      pack(r, kNever);
+    }
+    plan_.makespan = *std::max_element(ready_.begin(), ready_.end());
+  }
+
+ private:
+  const Machine& machine_;
+  const Sequences& seq_;
+  Assignment& plan_;
+  std::vector<i64> ready_, next_;
+  std::vector<int> last_;  // the shared sequence that a rank ran last, if nothing followed
+  std::vector<std::vector<int>> whole_;
+  std::vector<i64> held_ = std::vector<i64>(seq_.count, 0);  // tokens of the fullest member in the slot that d opened
+  std::vector<int> opener_ = std::vector<int>(seq_.count, -1);
+
+  i64 part(int d) const { return ceil_div(seq_.length[d], static_cast<i64>(plan_.groups[d].size())); }
+
+  i64 ticks(int d) const {
+    const auto& g = plan_.groups[d];
+    return share(machine_, seq_, d, g.size(), g.front() / machine_.node != g.back() / machine_.node);
+  }
+
+  // Into the slot of the sequence before it, if that has the same group and room.
+  bool join(int d) {
+    const auto& group = plan_.groups[d];
+    const int before = last_[group[0]];
+    if (before < 0 || plan_.groups[before] != group) return false;
+    for (int r : group) {
+      if (last_[r] != before) return false;
+    }
+    const int opener = opener_[before];
+    if (held_[opener] + part(d) > machine_.capacity) return false;
+    held_[opener] += part(d);
+    take(d, opener, plan_.slots[opener]);
+    return true;
+  }
+
+  void open(int d) {
+    i64 start = 0, slot = 0;
+    for (int r : plan_.groups[d]) start = std::max(start, ready_[r]);
+    for (int r : plan_.groups[d]) {
+      if (start > ready_[r]) pack(r, start - ready_[r]);
+      slot = std::max(slot, next_[r]);
+    }
+    for (int r : plan_.groups[d]) ready_[r] = start;
+    held_[d] = part(d);
+    take(d, d, slot);
+  }
+
+  void take(int d, int opener, i64 slot) {
+    const i64 cost = ticks(d);
+    plan_.slots[d] = slot;
+    opener_[d] = opener;
+    for (int r : plan_.groups[d]) {
+      ready_[r] += cost;
+      next_[r] = slot + 1;
+      last_[r] = d;
+    }
+  }
+
+  // Whole sequences of rank r, longest first, as far as `gap` ticks allow: first fit into micro-batches.
+  void pack(int r, i64 gap) {
+    std::vector<int> later;
+    std::vector<i64> room;
+    std::size_t open_from = 0;
+    const i64 base = next_[r];
+    for (int d : whole_[r]) {
+      if (seq_.work[d] > gap) {
+        later.push_back(d);
+        continue;
+      }
+      gap -= seq_.work[d];
+      while (open_from < room.size() && room[open_from] == 0) ++open_from;
+      std::size_t at = open_from;
+      while (at < room.size() && room[at] < seq_.length[d]) ++at;
+      if (at == room.size()) room.push_back(std::max(machine_.capacity, seq_.length[d]));
+      room[at] -= seq_.length[d];
+      plan_.slots[d] = base + static_cast<i64>(at);
+      ready_[r] += seq_.work[d];
+    }
+    if (!room.empty()) last_[r] = -1;
+    next_[r] += static_cast<i64>(room.size());
+    whole_[r] = std::move(later);
+  }
+};
+
+// No step is shorter: all work over all ranks, each sequence within the target, with what it then loses on its ring.
+inline i64 step_target(const Machine& machine, const Sequences& seq) {
+  i64 low = 0, high = 1;
+  const auto holds = [&](i64 ticks) {
+    __int128 total = 0;
+    for (int d = 0; d < seq.count; ++d) {
+      if (seq.work[d] <= ticks && seq.smallest[d] <= 1) {
+        total += seq.work[d];
+        continue;
+      }
+      const i64 size = machine.largest();
+      i64 n = fewest(machine, seq, d, ticks, std::max<i64>(1, seq.smallest[d]), size, 0);
+      int across = 0;
+      if (n > size) n = fewest(machine, seq, d, ticks, std::max<i64>(size + 1, seq.smallest[d]), machine.world, 1), across = 1;
+      if (n > machine.world) return false;
+      total += static_cast<__int128>(n) * share(machine, seq, d, n, across);
+    }
+    return total <= static_cast<__int128>(ticks) * machine.world;
+  };
+  while (!holds(high)) low = high, high *= 2;
+  while (high - low > std::max<i64>(1, high >> 12)) {
+    const i64 mid = low + (high - low) / 2;
+    (holds(mid) ? high : low) = mid;
+  }
+  return high;
+}
+
+inline Assignment plan_step(const Machine& machine, const Sequences& seq, int attempts) {
+  static constexpr i64 kPermille[] = {0, 1, 3, 6, 10, 15, 20, 30, 45, 60, 80, 110, 150, 200, 300, 450};
+  std::vector<int> order(seq.count);
+  std::iota(order.begin(), order.end(), 0);
+  Assignment best;
+  if (seq.count == 0) {
+    best.makespan = 0;
+    return best;
+  }
+  const i64 base = step_target(machine, seq);
+  for (int i = 0; i < std::min<int>(attempts, std::size(kPermille)); ++i) {
+    BoardOptions options;
+    options.target = base + base / 1000 * kPermille[i];
+    if (best.makespan <= options.target) break;
+    Assignment plan;
+    plan.groups.resize(seq.count);
+    Board board(machine, seq, options);
+    board.fill(order, plan.groups);
+    Ordering(machine, seq, plan).run(board.shared);
+    if (plan.makespan < best.makespan) best = std::move(plan);
+  }
+  return best;
+}
+
+}  // namespace planner
