@@ -1,0 +1,92 @@
+"""The attention function ``"hdp"`` of Hugging Face transformers.
+
+Inside a planned batch (the model is called with ``hdp_route=...``, which transformers hands down to attention) it runs the
+route's programs. Outside one (evaluation, ``generate``) it is transformers' own ``sdpa``, masks included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hdp.attention.op import attend
+from hdp.attention.route import Route
+
+NAME = "hdp"
+ROUTE_KEYWORD = "hdp_route"
+
+# Keywords that transformers hands down and that cannot change what a planned batch computes.
+_HARMLESS = frozenset(
+    {"position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict", "layer_idx"}
+)
+
+
+def register() -> None:
+    """Makes ``attn_implementation="hdp"`` known to transformers. Called by ``import hdp`` users once; repeating is harmless."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, hdp_attention)
+    # Without a mask function transformers would silently drop padding masks.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def planned_mask(device: torch.device) -> Tensor:
+    """What a planned batch passes as ``attention_mask``: an empty 4-D mask, so that transformers builds none of its own."""
+    return torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)
+
+
+def hdp_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    hdp_route: Route | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, heads, tokens, head_dim] in, [1, tokens, heads, head_dim] out.
+
+    Raises:
+        ValueError: a mask, dropout, soft-cap or keyword that a planned batch cannot honour.
+    """
+    if hdp_route is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        keywords.update(softcap=softcap) if softcap is not None else None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **keywords
+        )
+    _refuse(query, attention_mask, dropout, softcap, keywords)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
+    out = attend(q, k, v, route=hdp_route, scale=scaling, causal=bool(causal), window=sliding_window)
+    return out.unsqueeze(0), None
+
+
+def _refuse(
+    query: Tensor, attention_mask: Tensor | None, dropout: float, softcap: float | None, keywords: dict[str, Any]
+) -> None:
+    if query.shape[0] != 1:
+        raise ValueError(f"a planned batch is packed: batch size 1, not {query.shape[0]}")
+    if attention_mask is not None and attention_mask.numel():
+        raise ValueError(
+            f"a planned batch takes no attention mask (got shape {tuple(attention_mask.shape)}):"
+            " documents are kept apart by the plan, and it has no padding"
+        )
+    if dropout:
+        raise ValueError(f"attention dropout {dropout} is not supported: set attention_dropout=0 in the model's config")
+    if softcap is not None:
+        raise ValueError(f"logit soft-cap {softcap} is not supported by the attention backends here")
+    unknown = sorted(k for k, v in keywords.items() if k not in _HARMLESS and v is not None and v is not False)
+    if unknown:
+        raise ValueError(
+            f"attention keyword {unknown[0]!r} is not supported in a planned batch; remove it from the call"
+        )

@@ -1,0 +1,158 @@
+"""Distributed attention as a torch operator, ``torch.ops.hdp.attend``, with a backward of its own.
+
+As an operator it is seen whole by saved-tensor hooks, selective checkpointing (keep its outputs, and recomputation sends
+nothing) and torch.compile. The route travels as a handle, in the arguments and in the autograd context, never in a
+thread-local: CUDA runs backward on other threads, and pipelines interleave micro-batches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hdp.attention.executor import drive
+from hdp.attention.mask import Mask
+from hdp.attention.program import HeadCount
+from hdp.attention.route import ROUTES, LayerKey, Route
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    route: Route,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+) -> Tensor:
+    """Attention of one micro-batch, within each sequence, over the ranks that share it.
+
+    Args:
+        q: [tokens, heads, head_dim], packed as ``route`` says. k, v: [tokens, key_heads, head_dim].
+        route: the micro-batch's route.
+        scale: of the scores; None: head_dim ** -0.5.
+        causal: no query sees a later key. window: tokens that a query sees, its own included; None: all.
+
+    Returns:
+        [tokens, heads, head_dim], q's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit each other or the route.
+    """
+    _check(q, k, v, route)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    out, _, _ = torch.ops.hdp.attend(q, k, v, route.handle, scale, causal, 0 if window is None else int(window))
+    return out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, route: Route) -> None:
+    if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"attend takes q [tokens, heads, head_dim] and k, v [tokens, key_heads, head_dim],"
+            f" not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.shape[0] != route.tokens:
+        raise ValueError(f"q has {q.shape[0]} tokens but this rank's part of the micro-batch has {route.tokens}")
+
+
+def _key(q: Tensor, k: Tensor, causal: bool, window: int) -> LayerKey:
+    return LayerKey(
+        heads=HeadCount(query=q.shape[1], key=k.shape[1]),
+        head_dim=q.shape[2],
+        dtype=q.dtype,
+        mask=Mask(causal=causal, window=window or None),
+    )
+
+
+@torch.library.custom_op("hdp::attend", mutates_args=())
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, route: Tensor, scale: float, causal: bool, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    path, key = ROUTES.get(route), _key(q, k, causal, window)
+    program = path.program(key, backward=False)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:2], dtype=program.sum_dtype, device=q.device)
+    kept = torch.empty(program.lowered.kept_bytes, dtype=torch.uint8, device=q.device)
+    tensors = program.bind([q, k.contiguous(), v.contiguous(), out, lse], kept)
+    executor = path.runtime.executor(q.dtype)
+    drive(executor.forward(program, tensors, scale, path.next_serial(backward=False)), executor.channel)
+    return out, lse, kept
+
+
+@_attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, route: Tensor, scale: float, causal: bool, window: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    kept = torch.library.get_ctx().new_dynamic_size()
+    return (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(q.shape[:2], dtype=lse_dtype, device=q.device),
+        torch.empty(kept, dtype=torch.uint8, device=q.device),
+    )
+
+
+@torch.library.custom_op("hdp::attend_backward", mutates_args=())
+def _attend_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    route: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    path, key = ROUTES.get(route), _key(q, k, causal, window)
+    program = path.program(key, backward=True)
+    do = do.contiguous()
+    delta = lse.new_empty(0)
+    if program.sends_delta:
+        delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    tensors = program.bind([q, k.contiguous(), v.contiguous(), do, out, lse, delta, dq, dk, dv], kept)
+    executor = path.runtime.executor(q.dtype)
+    drive(executor.backward(program, tensors, scale, path.next_serial(backward=True)), executor.channel)
+    return dq, dk, dv
+
+
+@_attend_backward.register_fake
+def _(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    kept: Tensor,
+    route: Tensor,
+    scale: float,
+    causal: bool,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    return dq, dk, dv
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    q, k, v, route, ctx.scale, ctx.causal, ctx.window = inputs
+    out, lse, kept = output
+    ctx.mark_non_differentiable(lse, kept)
+    ctx.save_for_backward(q, k, v, out, lse, kept, route)
+
+
+def _backward(ctx: Any, do: Tensor, dlse: Tensor | None, dkept: Tensor | None) -> tuple:
+    q, k, v, out, lse, kept, route = ctx.saved_tensors
+    grads = torch.ops.hdp.attend_backward(do, q, k, v, out, lse, kept, route, ctx.scale, ctx.causal, ctx.window)
+    return (*grads, None, None, None, None)
+
+
+_attend.register_autograd(_backward, setup_context=_setup_context)

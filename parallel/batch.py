@@ -1,0 +1,158 @@
+"""Planned batches: a plan and its documents, and the tensors of one micro-batch of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hdp.attention.route import AttentionRuntime, Route, RouteShard
+from hdp.balance.plan import MicroBatch, Plan
+from hdp.parallel.loss import IGNORE_INDEX
+
+Document = Tensor | np.ndarray | list | Mapping[str, Any]
+
+
+class Documents(Protocol):
+    """A sequence of documents: token ids, or a mapping with ``input_ids`` and perhaps ``labels`` and ``loss_weights``.
+
+    An attribute ``lengths`` (int64, one a document) lets batches be planned without reading them.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedBatch:
+    """One global batch. Equal on all ranks; a rank reads only the documents that it has a part of."""
+
+    step: int
+    plan: Plan
+    documents: Documents
+    indices: tuple[int, ...]
+    """Document of each sequence of the plan."""
+    label_tokens: int
+    """Tokens of the whole global batch that have a label."""
+    loss_weight: float
+    """What the summed loss is divided by: label tokens, or their summed weights."""
+
+    @property
+    def tokens(self) -> int:
+        return int(self.plan.lengths.sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields:
+    """One document's tensors, each [tokens]."""
+
+    input_ids: Tensor
+    labels: Tensor
+    """Shifted: the label of a position is the next token; IGNORE_INDEX where there is none."""
+    weights: Tensor | None
+
+
+def read_document(documents: Documents, index: int) -> Fields:
+    """Reads one document and shifts its labels, before anything is sharded.
+
+    Raises:
+        ValueError: token ids that are not one-dimensional integers, or labels of another length.
+    """
+    document = documents[index]
+    fields = document if isinstance(document, Mapping) else {"input_ids": document}
+    if "input_ids" not in fields:
+        raise ValueError(f"document {index} has no 'input_ids' (it has {sorted(fields)})")
+    ids = torch.as_tensor(fields["input_ids"])
+    if ids.dim() != 1 or ids.is_floating_point():
+        raise ValueError(f"document {index}: token ids must be one row of integers, not {ids.dtype} {tuple(ids.shape)}")
+    ids = ids.to(torch.int64)
+    labels = torch.as_tensor(fields.get("labels", ids)).to(torch.int64)
+    weights = fields.get("loss_weights")
+    weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+    for name, tensor in (("labels", labels), ("loss_weights", weights)):
+        if tensor is not None and tensor.shape != ids.shape:
+            raise ValueError(f"document {index}: {name} has shape {tuple(tensor.shape)}, its tokens {tuple(ids.shape)}")
+    return Fields(
+        input_ids=ids,
+        labels=_shift(labels, IGNORE_INDEX),
+        weights=None if weights is None else _shift(weights, 0.0),
+    )
+
+
+def _shift(tensor: Tensor, fill: float) -> Tensor:
+    shifted = torch.full_like(tensor, fill)
+    shifted[:-1] = tensor[1:]
+    return shifted
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatchInputs:
+    """What the model is run on. Token tensors are [tokens]; never empty."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    """Position of each token in its own document."""
+    labels: Tensor
+    weights: Tensor | None
+    route: Route
+    sequences: tuple[int, ...]
+    """Sequences of the plan, for the timeline."""
+
+
+def build_inputs(
+    batch: PlannedBatch,
+    micro_batch: MicroBatch | None,
+    runtime: AttentionRuntime,
+    device: torch.device,
+    cache: dict[int, Fields],
+) -> MicroBatchInputs:
+    """Cuts this rank's part out of its documents. ``None``, or a share of no tokens, becomes one token without a label.
+
+    ``cache`` keeps documents of the batch that were read already.
+    """
+    shards = [] if micro_batch is None else list(micro_batch.shards)
+    slot = -1 if micro_batch is None else micro_batch.slot
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+    routes = []
+    for shard in shards:
+        if shard.sequence not in cache:
+            cache[shard.sequence] = read_document(batch.documents, batch.indices[shard.sequence])
+        fields = cache[shard.sequence]
+        if len(fields.input_ids) != shard.length:
+            raise ValueError(
+                f"document {batch.indices[shard.sequence]} has {len(fields.input_ids)} tokens but was planned with"
+                f" {shard.length}: the documents' lengths are out of date"
+            )
+        for start, stop in shard.ranges:
+            weights = None if fields.weights is None else fields.weights[start:stop]
+            positions = torch.arange(start, stop)
+            parts.append((fields.input_ids[start:stop], positions, fields.labels[start:stop], weights))
+        routes.append(
+            RouteShard(
+                sequence=shard.sequence,
+                length=shard.length,
+                group=shard.group,
+                schedule=shard.schedule,
+                schedule_backward=shard.schedule_backward,
+                layout=batch.plan.layout,
+            )
+        )
+    if not parts:  # models fail on zero tokens
+        zero = torch.zeros(1, dtype=torch.int64)
+        parts.append((zero, zero, torch.full_like(zero, IGNORE_INDEX), None))
+        routes.append(RouteShard(sequence=len(batch.indices), length=1, group=(runtime.rank,)))
+    has_weights = any(p[3] is not None for p in parts)
+    weights = [torch.ones(len(p[0])) if p[3] is None else p[3] for p in parts] if has_weights else []
+    return MicroBatchInputs(
+        input_ids=torch.cat([p[0] for p in parts]).to(device),
+        position_ids=torch.cat([p[1] for p in parts]).to(device),
+        labels=torch.cat([p[2] for p in parts]).to(device),
+        weights=torch.cat(weights).to(device) if weights else None,
+        route=Route(runtime, routes, serial=(batch.step, slot)),
+        sequences=tuple(shard.sequence for shard in shards),
+    )

@@ -1,0 +1,125 @@
+"""The channel of real ranks: point-to-point transfers over two lanes of torch.distributed.
+
+A lane is one world-wide process group, created and warmed up once; no group is ever made for a sequence. On gloo large
+tensors are cut into pieces of about 1 MB, because one large send and one large receive posted together use a link in turn
+(0.44 against 0.88 of its rate each way, measured at 1 Gbit/s); on NCCL each round is one grouped call per lane.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+from torch import Tensor
+
+from hdp.attention.channel import Parcel
+from hdp.attention.lowered import Packet
+from hdp.parallel.errors import PeerError
+
+PIECE_BYTES = 1 << 20
+LANES = 2
+
+
+@dataclass
+class Ticket:
+    """Transfers of one round that are under way."""
+
+    receives: list[tuple[Packet, dist.Work]] = field(default_factory=list)
+    sends: list[tuple[Packet, dist.Work]] = field(default_factory=list)
+
+
+class TorchChannel:
+    """Sends and receives over ``lanes``; see ``hdp.attention.channel.Channel``.
+
+    ``waited`` collects (start, stop) in seconds of ``time.perf_counter`` of every wait, for the timeline;
+    ``sent_bytes`` and ``messages`` count what left this rank.
+    """
+
+    def __init__(self, rank: int, lanes: Sequence[dist.ProcessGroup]) -> None:
+        self.rank, self.lanes = rank, tuple(lanes)
+        self.waited: list[tuple[float, float]] = []
+        self.sent_bytes = 0
+        self.messages = 0
+        self.where = "outside a step"
+        """What the rank is doing, for error messages; the engine keeps it up to date."""
+        self._grouped = bool(lanes) and dist.get_backend(lanes[0]) == dist.Backend.NCCL
+
+    def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
+        for _, tensor in sends:
+            self.sent_bytes += tensor.numel() * tensor.element_size()
+        self.messages += len(sends)
+        return self._post_grouped(sends, receives) if self._grouped else self._post_pieces(sends, receives, tag)
+
+    def _post_pieces(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
+        ticket = Ticket()
+        # Receives first: a send that finds its receive posted needs no second handshake.
+        for packet, tensor in receives:
+            lane = self.lanes[packet.lane]
+            for piece in _pieces(tensor):
+                ticket.receives.append((packet, self._start(lane.recv, piece, packet, tag)))
+        for packet, tensor in sends:
+            lane = self.lanes[packet.lane]
+            for piece in _pieces(tensor):
+                ticket.sends.append((packet, self._start(lane.send, piece, packet, tag)))
+        return ticket
+
+    def _start(self, operation: Callable[..., dist.Work], piece: Tensor, packet: Packet, tag: int) -> dist.Work:
+        try:
+            return operation([piece], packet.peer, tag)
+        except RuntimeError as error:
+            raise self._error("starting a transfer of", packet, error) from error
+
+    def _post_grouped(self, sends: Sequence[Parcel], receives: Sequence[Parcel]) -> Ticket:
+        ticket = Ticket()
+        for number, lane in enumerate(self.lanes):
+            mine = [(p, t, True) for p, t in sends if p.lane == number]
+            mine += [(p, t, False) for p, t in receives if p.lane == number]
+            if not mine:
+                continue
+            operations = [
+                dist.P2POp(dist.isend if is_send else dist.irecv, tensor, packet.peer, group=lane)
+                for packet, tensor, is_send in mine
+            ]
+            # A coalesced call returns one work for the whole group; either way all must be waited for.
+            works = dist.batch_isend_irecv(operations)
+            has_receives = any(not is_send for _, _, is_send in mine)
+            (ticket.receives if has_receives else ticket.sends).extend((mine[-1][0], work) for work in works)
+        return ticket
+
+    def wait_receives(self, ticket: Ticket) -> None:
+        self._wait(ticket.receives, "receiving")
+        ticket.receives.clear()
+
+    def wait_sends(self, ticket: Ticket) -> None:
+        self._wait(ticket.sends, "sending")
+        ticket.sends.clear()
+
+    def _wait(self, works: list[tuple[Packet, dist.Work]], verb: str) -> None:
+        if not works:
+            return
+        start = time.perf_counter()
+        for packet, work in works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self._error(verb, packet, error) from error
+        self.waited.append((start, time.perf_counter()))
+
+    def _error(self, verb: str, packet: Packet, error: Exception) -> PeerError:
+        direction = "to" if verb == "sending" else "from"
+        return PeerError(
+            f"rank {self.rank}, {self.where}: {verb} {packet.what!r} of sequence {packet.sequence}"
+            f" {direction} rank {packet.peer} failed: {_first_line(error)}"
+        )
+
+
+def _pieces(tensor: Tensor) -> list[Tensor]:
+    flat = tensor.view(-1)
+    count = max(PIECE_BYTES // flat.element_size(), 1)
+    return [flat] if flat.numel() <= count else list(flat.split(count))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,270 @@
+"""The engine: runs a planned batch forward and backward and leaves exact gradients behind.
+
+What is common to all ways of sharding a model: the loss and its normalisation, the order of micro-batches, evaluation,
+metrics and errors. How parameters are gathered and gradients reduced is for the subclasses (``hdp.parallel.fsdp``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hdp.parallel.arrangement import Arrangement, Work, arrange, works
+from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch, build_inputs
+from hdp.parallel.errors import PeerError
+from hdp.parallel.loader import Loader
+from hdp.parallel.loss import loss_sum
+from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans
+from hdp.parallel.world import World
+
+logger = logging.getLogger("hdp")
+
+
+class Engine:
+    """Base of the engines. Use ``hdp.shard`` to make one.
+
+    Args:
+        model: a causal language model of transformers with ``attn_implementation="hdp"``, or any module with the same call.
+        world: from ``hdp.init``.
+    """
+
+    regime = "step"
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        check_attention(model)
+        self.model, self.world = model, world
+        self.head = output_head(model)
+        self.waits: list[tuple[float, float]] = world.channel.waited
+        """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
+
+    # ------------------------------------------------------------ what users call
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """This rank's (sharded) parameters, for the optimizer."""
+        return self.model.parameters()
+
+    def forward_backward(self, batch: PlannedBatch) -> StepResult:
+        """Runs the whole global batch; afterwards every gradient is that of its mean loss over label tokens.
+
+        A batch without any label has no gradient: it is skipped on all ranks, with a warning.
+
+        Raises:
+            HdpError: a rank failed, died or fell silent; the message names it.
+            ValueError: the batch was planned for another regime or world.
+        """
+        self._check_batch(batch)
+        if batch.loss_weight == 0:
+            if self.world.rank == 0:
+                logger.warning("step %d has no label token: skipped on all ranks", batch.step)
+            zeros = (0.0,) * self.world.world_size
+            return StepResult(
+                step=batch.step,
+                loss=math.nan,
+                tokens=batch.tokens,
+                label_tokens=0,
+                seconds=0.0,
+                busy_seconds=zeros,
+                wait_seconds=zeros,
+            )
+        with self._guarded(f"step {batch.step}"):
+            return self._step(batch)
+
+    @torch.no_grad()
+    def evaluate(
+        self, documents: Documents, *, capacity: int, planner: str = "auto", tokens_per_step: int = 0
+    ) -> float:
+        """Mean loss over the label tokens of ``documents``, spread over all ranks. nan if they have none."""
+        tokens_per_step = tokens_per_step or 4 * capacity * self.world.world_size
+        options = {"tokens_per_step": tokens_per_step, "capacity": capacity, "planner": planner, "seed": None}
+        was_training = self.model.training
+        self.model.eval()
+        total, weight = 0.0, 0.0
+        try:
+            with self._guarded("evaluation"):
+                for batch in Loader(documents, self.world, **options):
+                    total += self._evaluate_batch(batch)
+                    weight += batch.loss_weight
+        finally:
+            self.model.train(was_training)
+        return total / weight if weight else math.nan
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clips gradients by their global norm, over all ranks' shards; returns the norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters()), max_norm)
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+    # ------------------------------------------------------------ for subclasses
+
+    def _arrange(self, batch: PlannedBatch) -> Arrangement:
+        return arrange(batch.plan)
+
+    def _begin(self) -> None:
+        """Before the first micro-batch of a step."""
+
+    def _before(self, work: Work) -> None:
+        """Before each micro-batch."""
+
+    def _end(self) -> None:
+        """After the last micro-batch of a step."""
+
+    def _end_evaluation(self) -> None:
+        """After evaluation."""
+
+    # ------------------------------------------------------------ a step
+
+    def _step(self, batch: PlannedBatch) -> StepResult:
+        world, cache = self.world, dict[int, Fields]()
+        self.waits.clear()
+        begin = time.perf_counter()
+        spans: list[Span] = []
+        self._begin()
+        total = 0.0
+        for work in works(batch.plan, world.rank, self._arrange(batch)):
+            slot = -1 if work.micro_batch is None else work.micro_batch.slot
+            inputs = build_inputs(batch, work.micro_batch, world.runtime, world.device, cache)
+            start = time.perf_counter()
+            self._before(work)
+            world.guard.enter(f"step {batch.step}, slot {slot}, forward")
+            loss = self._loss(inputs)
+            world.guard.enter(f"step {batch.step}, slot {slot}, backward")
+            (loss / batch.loss_weight).backward()
+            total += float(loss.detach())
+            stop = time.perf_counter()
+            spans.append(self._span(slot, "compute", start - begin, stop - begin, inputs.sequences))
+        self._end()
+        seconds = time.perf_counter() - begin
+        spans += [self._span(-1, "wait", a - begin, b - begin) for a, b in self.waits]
+        world.guard.enter(f"after step {batch.step}")
+        return self._result(batch, total, seconds, spans)
+
+    def _span(self, slot: int, kind: str, start: float, stop: float, sequences: tuple[int, ...] = ()) -> Span:
+        return Span(rank=self.world.rank, slot=slot, kind=kind, start=start, stop=stop, sequences=sequences)
+
+    def _result(self, batch: PlannedBatch, total: float, seconds: float, spans: list[Span]) -> StepResult:
+        waited = sum(b - a for a, b in self.waits)
+        table = gather_numbers(self.world, total, seconds, waited)
+        gathered = gather_spans(self.world, spans) if self.world.world_size <= TIMELINE_WORLD else ()
+        return StepResult(
+            step=batch.step,
+            loss=float(table[:, 0].sum()) / batch.loss_weight,
+            tokens=batch.tokens,
+            label_tokens=batch.label_tokens,
+            seconds=float(table[:, 1].max()),
+            busy_seconds=tuple((table[:, 1] - table[:, 2]).tolist()),
+            wait_seconds=tuple(table[:, 2].tolist()),
+            spans=gathered,
+        )
+
+    def _evaluate_batch(self, batch: PlannedBatch) -> float:
+        cache: dict[int, Fields] = {}
+        self._begin()
+        total = 0.0
+        for work in works(batch.plan, self.world.rank, Arrangement(closing=False)):
+            inputs = build_inputs(batch, work.micro_batch, self.world.runtime, self.world.device, cache)
+            total += float(self._loss(inputs))
+        self._end_evaluation()
+        return float(gather_numbers(self.world, total).sum())
+
+    def _loss(self, inputs: MicroBatchInputs) -> Tensor:
+        """Summed loss of this rank's part of the micro-batch."""
+        from hdp.attention.huggingface import planned_mask
+
+        with hidden_instead_of_logits(self.head):
+            output = self.model(
+                input_ids=inputs.input_ids.unsqueeze(0),
+                position_ids=inputs.position_ids.unsqueeze(0),
+                attention_mask=planned_mask(self.world.device),
+                use_cache=False,
+                hdp_route=inputs.route,
+            )
+        hidden = output.logits if hasattr(output, "logits") else output[0]
+        return loss_sum(hidden[0], self.head.weight, self.head.bias, inputs.labels, inputs.weights)
+
+    # ------------------------------------------------------------ errors
+
+    def _check_batch(self, batch: PlannedBatch) -> None:
+        if batch.plan.world_size != self.world.world_size:
+            raise ValueError(
+                f"the batch was planned for {batch.plan.world_size} ranks, the world has {self.world.world_size}"
+            )
+        if batch.plan.regime != self.regime:
+            raise ValueError(
+                f"the batch was planned for regime {batch.plan.regime!r}; this engine runs {self.regime!r}"
+            )
+
+    @contextlib.contextmanager
+    def _guarded(self, where: str) -> Iterator[None]:
+        self.world.guard.enter(where)
+        try:
+            yield
+        except Exception as error:
+            if _is_communication_error(error):
+                explained = self.world.guard.explain(error)
+                self.world.guard.report(explained)
+                raise explained from error
+            self.world.guard.report(error)
+            raise
+
+
+def _is_communication_error(error: Exception) -> bool:
+    if isinstance(error, (PeerError, torch.distributed.DistError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "timed out")
+    )
+
+
+def check_attention(model: nn.Module) -> None:
+    """Raises ValueError if a transformers model would not use hdp's attention."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_attn_implementation", None)
+    if config is not None and name != "hdp":
+        raise ValueError(
+            f'the model\'s attention is {name!r}: make it with attn_implementation="hdp",'
+            ' or call model.set_attn_implementation("hdp")'
+        )
+
+
+def output_head(model: nn.Module) -> nn.Linear:
+    """The linear layer that makes logits. Raises ValueError if there is none that the fused loss can stand in for."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else getattr(model, "lm_head", None)
+    if head is None or not hasattr(head, "weight"):
+        raise ValueError(
+            f"{type(model).__name__} has no output head (get_output_embeddings() or lm_head) to compute a loss from"
+        )
+    config = getattr(model, "config", None)
+    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        value = getattr(config, field, None)
+        if value not in (None, 1, 1.0):
+            raise ValueError(
+                f"{type(model).__name__} changes its logits after the head ({field}={value}), which is not supported"
+            )
+    if not hasattr(head, "bias"):
+        head.bias = None
+    return head
+
+
+@contextlib.contextmanager
+def hidden_instead_of_logits(head: nn.Module) -> Iterator[None]:
+    """Inside, the head hands its input on, so that the fused loss can compute logits chunk by chunk."""
+    head.forward = _identity  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings():
+            # FSDP2 warns that the hidden states are a view; nothing here changes them in place.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            yield
+    finally:
+        del head.forward
+
+
+def _identity(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return hidden

@@ -1,0 +1,126 @@
+"""FSDP2, regime ``step``: parameters are gathered once a step and gradients reduced once, in each rank's last micro-batch.
+
+[Note: hangs] Sharing a sequence between ranks while FSDP gathers or reduces per layer can hang: a rank waits in attention
+for one that waits in a collective. So all parameters are gathered, in one fixed order, before the first micro-batch, and
+gradients are reduced only where ``hdp.parallel.arrangement`` has shown that every rank arrives. FSDP2's own notion of the last
+backward is left alone: telling it otherwise leaves it with a stale order of prefetching.
+
+Gradients are summed, not averaged: the loss is divided by the label tokens of the whole global batch beforehand. FSDP2 needs
+that said on every wrapped module (``set_gradient_divide_factor``), together with plain sums on the wire.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+
+from hdp.parallel.arrangement import Work
+from hdp.parallel.engine import Engine
+from hdp.parallel.world import World
+
+
+class FSDPEngine(Engine):
+    """See the module. Made by :func:`shard`."""
+
+    regime = "step"
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        super().__init__(model, world)
+        self.modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        reduce_scatter = _TimedReduceScatter(self.waits)
+        for module in self.modules:
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_reduce_scatter_unused_params(True)
+            module.set_custom_reduce_scatter(reduce_scatter)
+
+    @property
+    def root(self) -> FSDPModule:
+        return self.modules[0]
+
+    def _begin(self) -> None:
+        start = time.perf_counter()
+        for module in self.modules:
+            module.unshard()
+        self.waits.append((start, time.perf_counter()))
+
+    def _before(self, work: Work) -> None:
+        self.root.set_requires_gradient_sync(work.reduces)
+        self.root.set_reshard_after_backward(work.reduces)
+
+    def _end_evaluation(self) -> None:
+        for module in self.modules:
+            module.reshard()
+
+
+class _TimedReduceScatter(DefaultReduceScatter):
+    """FSDP2's own reduce-scatter; notes how long the rank was held."""
+
+    def __init__(self, waits: list[tuple[float, float]]) -> None:
+        super().__init__()
+        self.waits = waits
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        start = time.perf_counter()
+        work = super().__call__(output_tensor, input_tensor, group, op, async_op)
+        self.waits.append((start, time.perf_counter()))
+        return work
+
+
+def shard(
+    model: nn.Module,
+    world: World,
+    *,
+    layers: Iterable[nn.Module] | None = None,
+    mesh: DeviceMesh | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+) -> FSDPEngine:
+    """Shards ``model`` with FSDP2 over all ranks and returns the engine that trains it.
+
+    Args:
+        model: parameters in fp32 (or with ``mp_policy``); moved to this rank's device.
+        world: from ``hdp.init``.
+        layers: modules to wrap one by one; None: the decoder layers, found by transformers' own list of modules that must
+            not be split, or as the members of the longest ``nn.ModuleList``.
+        mesh: None: one dimension over all ranks.
+        mp_policy: FSDP2's mixed precision; gradients are reduced in fp32 unless it says otherwise.
+
+    Raises:
+        ValueError: attention that is not hdp's, no layers found, a model without output head.
+    """
+    model.to(world.device)
+    if mesh is None:
+        mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("hdp",))
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": False}
+    options["mp_policy"] = mp_policy or MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for layer in list(layers) if layers is not None else find_layers(model):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return FSDPEngine(model, world)
+
+
+def find_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of a model. Raises ValueError if there are none."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    layers = [m for m in model.modules() if type(m).__name__ in names]
+    if not layers:
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        layers = list(max(lists, key=len)) if lists else []
+    if not layers:
+        raise ValueError(f"found no repeated layers in {type(model).__name__}: pass layers=[...]")
+    return layers

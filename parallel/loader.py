@@ -1,0 +1,171 @@
+"""Planned batches, one after the other: documents in, plans out, planned ahead in the background.
+
+Every rank draws the same documents and makes the same plan by itself; before a batch is handed out the ranks compare a hash
+of it and add up its label tokens, in one small message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from hdp.balance import make_plan
+from hdp.balance.plan import Plan
+from hdp.parallel.batch import Documents, PlannedBatch, read_document
+from hdp.parallel.errors import PlanMismatch
+from hdp.parallel.loss import IGNORE_INDEX
+from hdp.parallel.world import World
+
+Planner = Callable[..., Plan]
+
+
+class Loader:
+    """Yields :class:`PlannedBatch` es of about ``tokens_per_step`` tokens, reshuffled every epoch.
+
+    Args:
+        documents: see :class:`Documents`. Without an attribute ``lengths`` every document is read once to measure it.
+        tokens_per_step: tokens of a global batch. A document that would exceed it begins the next batch; one that is longer
+            alone makes a batch of its own.
+        capacity: tokens that one rank holds in one micro-batch.
+        planner: name of a planner (``hdp.balance``), or a function with the signature of ``hdp.balance.make_plan``.
+        seed: of the shuffle; None keeps the documents' order.
+        steps: batches to yield; None: one epoch.
+        start: batches of the same run to skip, for resuming.
+        ahead: batches planned in advance, in the background.
+        plan_options: handed to the planner.
+
+    Raises:
+        ValueError: no documents, no positive token count.
+        hdp.balance.PlanError: a batch that cannot be planned (a document longer than world x capacity, an unknown planner).
+        PlanMismatch: ranks that see different documents or made different plans.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        world: World,
+        *,
+        tokens_per_step: int,
+        capacity: int,
+        planner: str | Planner = "auto",
+        seed: int | None = 0,
+        steps: int | None = None,
+        start: int = 0,
+        ahead: int = 2,
+        **plan_options: Any,
+    ) -> None:
+        if len(documents) == 0:
+            raise ValueError("no documents: the loader needs at least one")
+        if tokens_per_step < 1:
+            raise ValueError(f"tokens_per_step is {tokens_per_step}: a step needs at least one token")
+        self.documents, self.world = documents, world
+        self.tokens_per_step, self.capacity, self.planner, self.seed = tokens_per_step, capacity, planner, seed
+        self.steps, self.start, self.ahead, self.plan_options = steps, start, max(ahead, 1), plan_options
+        self.lengths = document_lengths(documents)
+        if int(self.lengths.sum()) == 0:
+            raise ValueError(f"all {len(documents)} documents are empty: there is nothing to train on")
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        draws = enumerate(self._draw())
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hdp-plan") as pool:
+            queue: list[tuple[int, tuple[int, ...], Future[Plan]]] = []
+            while True:
+                while len(queue) < self.ahead and (drawn := next(draws, None)) is not None:
+                    step, indices = drawn
+                    if self.steps is not None and step >= self.steps:
+                        break
+                    if step >= self.start:
+                        queue.append((step, indices, pool.submit(self._plan, indices)))
+                if not queue:
+                    return
+                step, indices, plan = queue.pop(0)
+                yield self._agree(step, indices, plan.result())
+
+    def plan_batches(self) -> Iterator[tuple[tuple[int, ...], Plan]]:
+        """The same batches without any communication: documents' indices and plan."""
+        for step, indices in enumerate(self._draw()):
+            if self.steps is not None and step >= self.steps:
+                return
+            if step >= self.start:
+                yield indices, self._plan(indices)
+
+    def _draw(self) -> Iterator[tuple[int, ...]]:
+        epoch = 0
+        while True:
+            order = np.arange(len(self.lengths))
+            if self.seed is not None:
+                order = np.random.default_rng((self.seed, epoch)).permutation(order)
+            batch: list[int] = []
+            held = 0
+            for index in order.tolist():
+                length = int(self.lengths[index])
+                if batch and held + length > self.tokens_per_step:
+                    yield tuple(batch)
+                    batch, held = [], 0
+                batch.append(index)
+                held += length
+            if held:
+                yield tuple(batch)
+            if self.steps is None:
+                return
+            epoch += 1
+
+    def _plan(self, indices: tuple[int, ...]) -> Plan:
+        lengths = self.lengths[list(indices)]
+        make = {"planner": self.planner} if isinstance(self.planner, str) else {}
+        call = make_plan if isinstance(self.planner, str) else self.planner
+        return call(lengths, world_size=self.world.world_size, capacity=self.capacity, **make, **self.plan_options)
+
+    def _agree(self, step: int, indices: tuple[int, ...], plan: Plan) -> PlannedBatch:
+        return agree(self.world, step, self.documents, indices, plan)
+
+
+def agree(world: World, step: int, documents: Documents, indices: tuple[int, ...], plan: Plan) -> PlannedBatch:
+    """Compares the plan between ranks and counts its labels: each rank those of the documents that it leads.
+
+    Raises:
+        PlanMismatch: names the ranks whose plan or documents differ from this rank's.
+    """
+    labels, weight = 0, 0.0
+    for sequence in plan.sequences_of(world.rank).tolist():
+        if plan.group(sequence)[0] == world.rank:
+            fields = read_document(documents, indices[sequence])
+            valid = fields.labels != IGNORE_INDEX
+            labels += int(valid.sum())
+            weight += float(valid.sum() if fields.weights is None else (fields.weights * valid).sum())
+    digest = hashlib.sha256(f"{step}:{indices}:{plan.digest}".encode()).digest()
+    mine = torch.tensor([int.from_bytes(digest[:6], "little"), labels, weight], dtype=torch.float64)
+    all_ranks = [torch.empty_like(mine) for _ in range(world.world_size)]
+    dist.all_gather(all_ranks, mine, group=world.control)
+    table = torch.stack(all_ranks)
+    different = (table[:, 0] != mine[0]).nonzero().flatten().tolist()
+    if different:
+        raise PlanMismatch(
+            f"rank {world.rank}, step {step}: ranks {different} planned another batch than this rank;"
+            " check that all ranks read the same documents, in the same order, with the same settings"
+        )
+    return PlannedBatch(
+        step=step,
+        plan=plan,
+        documents=documents,
+        indices=indices,
+        label_tokens=int(table[:, 1].sum()),
+        loss_weight=float(table[:, 2].sum()),
+    )
+
+
+def document_lengths(documents: Documents) -> np.ndarray:
+    """Tokens of each document, int64."""
+    lengths = getattr(documents, "lengths", None)
+    if lengths is None:
+        lengths = [len(read_document(documents, i).input_ids) for i in range(len(documents))]
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.shape != (len(documents),):
+        raise ValueError(f"{len(documents)} documents but {lengths.shape} lengths")
+    return lengths

@@ -1,0 +1,95 @@
+"""Token losses from hidden states, fused with the output head and computed in chunks.
+
+Logits are never whole in memory: 64K tokens of a vocabulary of 128K would be 32 GB in fp32. Each chunk's logits, loss and
+gradients are computed at once in forward (as Liger does), so beyond the hidden states' gradient and the head's the peak
+does not grow with the number of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+CHUNK_LOGITS = 1 << 24
+"""Logits (tokens x vocabulary) of one chunk: 64 MB in fp32."""
+
+
+def loss_sum(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor | None = None
+) -> Tensor:
+    """Sum of cross-entropies of ``hidden @ weight.T + bias`` against ``labels``, in fp32 at least.
+
+    Args:
+        hidden: [tokens, width]. weight: [vocabulary, width]. bias: [vocabulary] or None.
+        labels: [tokens], already shifted; IGNORE_INDEX for tokens that do not count.
+        weights: [tokens] factors of each token's loss, or None.
+
+    Raises:
+        ValueError: a label outside the vocabulary.
+    """
+    valid = labels != IGNORE_INDEX
+    if labels.numel():
+        outside = valid & ((labels < 0) | (labels >= weight.shape[0]))
+        if bool(outside.any()):
+            bad = int(labels[outside][0])
+            raise ValueError(
+                f"label {bad} is outside the vocabulary of {weight.shape[0]}: use {IGNORE_INDEX} for ignored tokens"
+            )
+    return _ChunkedLoss.apply(hidden, weight, bias, labels, weights)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor | None
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        needs = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden) if needs[0] else None
+        d_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
+        d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
+        step = max(CHUNK_LOGITS // max(weight.shape[0], 1), 1)
+        for start in range(0, hidden.shape[0], step):
+            part = slice(start, start + step)
+            logits = F.linear(hidden[part], weight, bias).to(wide)
+            d_logits, loss = _cross_entropy(logits, labels[part], None if weights is None else weights[part])
+            total += loss
+            narrow = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(narrow, weight, out=d_hidden[part])
+            if d_weight is not None:
+                d_weight += narrow.t() @ hidden[part]
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (
+            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * grad).to(weight_dtype),
+            None if d_bias is None else (d_bias * grad).to(bias_dtype),
+            None,
+            None,
+        )
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradient of the weighted sum of losses with respect to the logits (in their place), and the sum."""
+    valid = labels != IGNORE_INDEX
+    target = labels.masked_fill(~valid, 0).unsqueeze(-1)
+    factor = valid.to(logits.dtype) if weights is None else valid * weights.to(logits.dtype)
+    lse = torch.logsumexp(logits, dim=-1)
+    loss = ((lse - logits.gather(-1, target).squeeze(-1)) * factor).sum()
+    logits.sub_(lse.unsqueeze(-1)).exp_()
+    logits.scatter_add_(-1, target, torch.full_like(target, -1, dtype=logits.dtype))
+    return logits.mul_(factor.unsqueeze(-1)), loss

@@ -1,0 +1,78 @@
+"""What a step reports: loss, time, who was busy and who waited. Equal on all ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from hdp.parallel.world import World
+
+TIMELINE_WORLD = 64
+"""Largest world whose spans are gathered on every rank by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A stretch of one rank's time."""
+
+    rank: int
+    slot: int
+    """Slot of the micro-batch; -1: the closing one, or outside all."""
+    kind: str
+    """``"compute"``: a micro-batch's forward and backward, waits included. ``"wait"``: blocked on other ranks."""
+    start: float
+    """Seconds from the beginning of the step on this rank."""
+    stop: float
+    sequences: tuple[int, ...] = ()
+    """Sequences of the plan that the micro-batch holds parts of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One step, as all ranks together saw it."""
+
+    step: int
+    loss: float
+    """Mean over the label tokens of the global batch; nan if it has none."""
+    tokens: int
+    label_tokens: int
+    seconds: float
+    """Wall time of the slowest rank."""
+    busy_seconds: tuple[float, ...]
+    """Per rank: time not spent waiting for others."""
+    wait_seconds: tuple[float, ...]
+    """Per rank: time blocked in transfers and collectives."""
+    spans: tuple[Span, ...] = ()
+    """All ranks' time; empty in worlds larger than the timeline limit."""
+
+    @property
+    def imbalance(self) -> float:
+        """Largest over mean busy time; 1 is perfect."""
+        mean = sum(self.busy_seconds) / len(self.busy_seconds)
+        return max(self.busy_seconds) / mean if mean > 0 else 1.0
+
+    @property
+    def waiting_share(self) -> float:
+        """Part of all ranks' time that was spent waiting, 0 to 1."""
+        total = sum(self.busy_seconds) + sum(self.wait_seconds)
+        return sum(self.wait_seconds) / total if total > 0 else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def gather_numbers(world: World, *numbers: float) -> torch.Tensor:
+    """float64 [world_size, numbers]: each rank's row, on every rank."""
+    mine = torch.tensor(numbers, dtype=torch.float64)
+    rows = [torch.empty_like(mine) for _ in range(world.world_size)]
+    dist.all_gather(rows, mine, group=world.control)
+    return torch.stack(rows)
+
+
+def gather_spans(world: World, spans: list[Span]) -> tuple[Span, ...]:
+    rows: list[list[Span] | None] = [None] * world.world_size
+    dist.all_gather_object(rows, spans, group=world.control)
+    return tuple(span for row in rows if row for span in row)

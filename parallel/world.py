@@ -1,0 +1,113 @@
+"""The world: this process among the ranks of a job, under torchrun or alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from hdp.attention.route import AttentionRuntime
+from hdp.parallel.channel import LANES, TorchChannel
+from hdp.parallel.guard import Guard
+
+
+@dataclass(eq=False)
+class World:
+    """This rank, its device and its communicators. Made by :func:`init`; usable as a context manager."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    timeout: float
+    """Seconds after which a rank that waits for another gives up."""
+    channel: TorchChannel
+    control: dist.ProcessGroup
+    """Small CPU messages: plan digests, label counts, metrics. Never a lane's traffic."""
+    runtime: AttentionRuntime
+    guard: Guard
+    owns_process_group: bool
+
+    def close(self) -> None:
+        """Leaves the job. Only what :func:`init` itself set up is taken down."""
+        self.guard.stop()
+        if self.owns_process_group and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self.guard.report(error)
+        self.close()
+
+
+def init(*, timeout: float = 300.0, backend: str = "auto", device: str | torch.device | None = None) -> World:
+    """Joins the job that torchrun started, or starts one of a single rank.
+
+    Args:
+        timeout: seconds after which waiting for another rank ends in an error.
+        backend: attention backend (see ``hdp.attention.backends``); ``"auto"`` takes the fastest that runs here.
+        device: None: this rank's GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: a timeout that is not positive, an unknown backend.
+    """
+    if timeout <= 0:
+        raise ValueError(f"timeout is {timeout} s: give the seconds after which a silent rank counts as lost")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    place = _device(device, local_rank)
+    owns = not dist.is_initialized()
+    if owns:
+        _join(place, timeout)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    limit = timedelta(seconds=timeout)
+    control = dist.new_group(backend="gloo", timeout=limit, group_desc="hdp_control")
+    lanes = [dist.new_group(timeout=limit, group_desc=f"hdp_lane{i}") for i in range(LANES)] if world_size > 1 else []
+    for lane in lanes:  # connects all peers now, not in the middle of the first step
+        dist.all_reduce(torch.zeros(1, device=place), group=lane)
+    channel = TorchChannel(rank, lanes)
+    _register_transformers()
+    return World(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=place,
+        timeout=timeout,
+        channel=channel,
+        control=control,
+        runtime=AttentionRuntime(rank, channel, place, backend),
+        guard=Guard(rank, world_size, channel),
+        owns_process_group=owns,
+    )
+
+
+def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _join(device: torch.device, timeout: float) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    limit = timedelta(seconds=timeout)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=limit)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
+
+
+def _register_transformers() -> None:
+    """transformers is optional; where it is installed, ``attn_implementation="hdp"`` works from here on."""
+    try:
+        from hdp.attention.huggingface import register
+
+        register()
+    except ImportError:
+        return
