@@ -18,6 +18,7 @@ struct BoardOptions {
   i64 target = 0;           // ticks that no rank should exceed
   bool barrier = false;     // regime slot: one micro-batch a rank; tokens count, waiting does not; leftovers are allowed
   i64 spread_from = kNever;  // sequences of at least this many tokens are spread inside a node though they fit one rank
+  bool wide_groups = false;  // of two choices that waste alike, the one that is done first, not the one that starts first
 };
 
 class Board {
@@ -28,6 +29,7 @@ class Board {
         options_(options),
         load(machine.world, 0),
         tokens(machine.world, 0),
+        waited_(machine.world, 0),
         node_sum_(machine.nodes(), 0),
         node_most_(machine.nodes(), 0),
         node_tokens_(machine.nodes(), 0) {}
@@ -48,6 +50,12 @@ class Board {
     }
     for (int d : wide) settle(d, place_wide(d, options_.target), groups, left);
     for (int d : inside) settle(d, place_inside(d), groups, left);
+    charge_waits_ = false;
+    // What a rank waits for its sharers can hold whole sequences.
+    for (int r = 0; r < machine_.world; ++r) {
+      load[r] -= waited_[r];
+      node_sum_[r / machine_.node] -= waited_[r];
+    }
     place_whole(whole, groups, left);
     std::sort(left.begin(), left.end());
     return left;
@@ -57,17 +65,22 @@ class Board {
 
  private:
   using Ranks = std::vector<int>;
+  using Entry = std::pair<i64, int>;
+  using Heap = std::priority_queue<Entry, std::vector<Entry>, std::greater<Entry>>;  // (load, rank), loads may be old
   struct Choice {
     Ranks ranks;
     i64 finish = kNever;
     i64 waste = kNever;
+    i64 start = kNever;
     bool feasible = false;
   };
 
   const Machine& machine_;
   const Sequences& seq_;
   BoardOptions options_;
-  int spreads_left_ = 4096;  // budget of searches over the whole world
+  bool charge_waits_ = !options_.barrier;
+  i64 cursor_ = 0;  // ranks below have a sequence of their own
+  int spreads_left_ = 1024;  // budget of searches over the whole world
   std::vector<int> by_load_;
 
  public:
@@ -76,12 +89,22 @@ class Board {
   std::vector<int> shared;  // shared sequences in the order in which they were placed
 
  private:
+  std::vector<i64> waited_;  // until the last shared sequence of each rank began
   std::vector<i64> node_sum_, node_most_, node_tokens_;
 
   void put(int d, const Ranks& ranks, i64 ticks) {
     const i64 n = static_cast<i64>(ranks.size());
+    i64 start = 0;
+    if (n > 1 && charge_waits_) {
+      for (int r : ranks) start = std::max(start, load[r]);
+    }
     for (i64 m = 0; m < n; ++m) {
       const int r = ranks[m], v = r / machine_.node;
+      if (const i64 wait = std::max<i64>(0, start - load[r]); wait > 0) {
+        waited_[r] += wait;
+        load[r] += wait;
+        node_sum_[v] += wait;
+      }
       load[r] += ticks;
       tokens[r] += seq_.length[d] / n + (m < seq_.length[d] % n);
       node_sum_[v] += ticks;
@@ -97,7 +120,11 @@ class Board {
 
   bool better(const Choice& a, const Choice& b) const {
     if (a.feasible != b.feasible) return a.feasible;
-    if (a.feasible && a.waste != b.waste) return a.waste < b.waste;
+    if (a.feasible) {
+      const i64 grain = options_.target / 64 + 1;  // ticks of one rank; less is noise
+      if (a.waste / grain != b.waste / grain) return a.waste < b.waste;
+      if (!options_.wide_groups && a.start != b.start) return a.start < b.start;
+    }
     return a.finish < b.finish;
   }
 
@@ -119,6 +146,17 @@ class Board {
     i64 fewest_ranks = fewest(machine_, seq_, d, target, low, world, 1);
     if (fewest_ranks > world) fewest_ranks = options_.barrier ? world + 1 : world;
     if (fewest_ranks > world) return {};
+    // A sequence that fills its ranks to more than half of the target takes the next untouched ranks, as few as it needs.
+    if (cursor_ + fewest_ranks <= world && share(machine_, seq_, d, fewest_ranks, 1) > target / 2) {
+      Choice choice;
+      for (i64 r = cursor_; r < cursor_ + fewest_ranks; ++r) choice.ranks.push_back(static_cast<int>(r));
+      measure(d, choice, 0, 0, target);
+      if (choice.feasible) {
+        cursor_ += fewest_ranks;
+        return choice;
+      }
+    }
+    cursor_ = world;
     const i64 first = ceil_div(fewest_ranks, node);
     const i64 last = std::max(first, most_hidden(machine_, seq_, d, world, 1) / node);
     const i64 stride = std::max<i64>(1, (last - first) / 8);
@@ -165,6 +203,7 @@ class Board {
   void measure(int d, Choice& choice, i64 start, i64 wait, i64 target) const {
     const i64 n = static_cast<i64>(choice.ranks.size());
     const i64 ticks = share(machine_, seq_, d, n, n > 1 && across(choice.ranks));
+    choice.start = start;
     choice.finish = start + ticks;
     choice.waste = wait + n * ticks - seq_.work[d];
     choice.feasible = choice.finish <= target;
@@ -197,15 +236,17 @@ class Board {
     return std::max(seq_.smallest[d], most_hidden(machine_, seq_, d, size, 0));
   }
 
-  // Over the least loaded ranks of node v: `n` of them, or more where that keeps the target.
+  // Over the least loaded ranks of node v: `n` of them or more, fewer only where that alone keeps the target.
   Choice inside(int d, int v, i64 n) {
     Ranks ranks(machine_.end(v) - machine_.begin(v));
     std::iota(ranks.begin(), ranks.end(), machine_.begin(v));
     std::sort(ranks.begin(), ranks.end(), [&](int a, int b) { return std::pair(load[a], a) < std::pair(load[b], b); });
     const i64 size = static_cast<i64>(ranks.size());
     Choice best;
-    for (i64 k = std::max<i64>(2, seq_.smallest[d]); k <= size; ++k) {
-      if (k < std::min(n, size) && options_.spread_from == kNever && !options_.barrier) continue;
+    const i64 low = std::max<i64>(2, seq_.smallest[d]);
+    const i64 preferred = options_.barrier ? low : std::max(low, std::min(n, size));
+    for (i64 k = size; k >= low; --k) {
+      if (k < preferred && best.feasible) break;
       Choice choice;
       choice.ranks.assign(ranks.begin(), ranks.begin() + k);
       if (!tokens_fit(d, choice.ranks)) continue;
@@ -225,16 +266,25 @@ class Board {
     return std::all_of(ranks.begin(), ranks.end(), [&](int r) { return tokens[r] + part <= room_of(d); });
   }
 
+  i64 widest(int d) const {
+    const i64 low = std::max<i64>(2, seq_.smallest[d]);
+    return std::min<i64>(machine_.world, std::max<i64>(low, 2 * most_hidden(machine_, seq_, d, machine_.world, 1)));
+  }
+
   // Over the least loaded ranks anywhere: how the last wave is levelled when no node has room of its own.
   Choice spread_world(int d) {
     if (spreads_left_ <= 0) return {};
     --spreads_left_;
-    const i64 low = std::max<i64>(2, seq_.smallest[d]);
-    const i64 high = std::min<i64>(machine_.world, std::max<i64>(low, 2 * most_hidden(machine_, seq_, d, machine_.world, 1)));
     by_load_.resize(machine_.world);
     std::iota(by_load_.begin(), by_load_.end(), 0);
     const auto lighter = [&](int a, int b) { return std::pair(load[a], a) < std::pair(load[b], b); };
-    std::partial_sort(by_load_.begin(), by_load_.begin() + high, by_load_.end(), lighter);
+    std::partial_sort(by_load_.begin(), by_load_.begin() + widest(d), by_load_.end(), lighter);
+    return spread_over(d, widest(d));
+  }
+
+  // Over the first few of `by_load_`.
+  Choice spread_over(int d, i64 high) {
+    const i64 low = std::max<i64>(2, seq_.smallest[d]);
     Choice best;
     i64 sum = 0;
     const i64 stride = std::max<i64>(1, (high - low) / 16);
@@ -254,8 +304,7 @@ class Board {
 
   // Longest first on the least loaded rank. Ranks without room for a sequence wait aside until shorter ones come.
   void place_whole(const std::vector<int>& whole, std::vector<std::vector<int>>& groups, std::vector<int>& left) {
-    using Entry = std::pair<i64, int>;
-    std::priority_queue<Entry, std::vector<Entry>, std::greater<Entry>> ranks;
+    Heap ranks;
     std::priority_queue<Entry> aside;  // by room
     for (int r = 0; r < machine_.world; ++r) ranks.push({load[r], r});
     for (int d : whole) {
@@ -283,12 +332,12 @@ class Board {
         groups[d] = {rank};
         continue;
       }
-      settle(d, level(d, rank), groups, left);
+      settle(d, level(d, rank, ranks), groups, left);
     }
   }
 
   // A sequence that no rank can take whole within the target: spread where that helps, whole where it does not.
-  Choice level(int d, int rank) {
+  Choice level(int d, int rank, Heap& ranks) {
     Choice best;
     if (rank >= 0) {
       best.ranks = {rank};
@@ -298,7 +347,16 @@ class Board {
     Choice inside_node = machine_.largest() > 1 ? place_level_inside(d) : Choice{};
     if (!inside_node.ranks.empty() && (best.ranks.empty() || better(inside_node, best))) best = std::move(inside_node);
     if (best.feasible) return best;
-    Choice world = spread_world(d);
+    by_load_.clear();
+    const i64 high = widest(d);
+    while (!ranks.empty() && static_cast<i64>(by_load_.size()) < high) {
+      const auto [ticks, r] = ranks.top();
+      ranks.pop();
+      if (ticks == load[r]) by_load_.push_back(r);
+      else ranks.push({load[r], r});
+    }
+    for (int r : by_load_) ranks.push({load[r], r});
+    Choice world = spread_over(d, static_cast<i64>(by_load_.size()));
     if (!world.ranks.empty() && (best.ranks.empty() || better(world, best))) best = std::move(world);
     return best;
   }

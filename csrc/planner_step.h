@@ -146,9 +146,10 @@ inline Assignment plan_step(const Machine& machine, const Sequences& seq, int at
     return best;
   }
   const i64 base = step_target(machine, seq);
-  for (int i = 0; i < std::min<int>(attempts, std::size(kPermille)); ++i) {
+  for (int i = 0; i < 2 * std::min<int>(attempts, std::size(kPermille)); ++i) {
     BoardOptions options;
-    options.target = base + base / 1000 * kPermille[i];
+    options.target = base + base / 1000 * kPermille[i / 2];
+    options.wide_groups = i % 2 == 1;
     if (best.makespan <= options.target) break;
     Assignment plan;
     plan.groups.resize(seq.count);
