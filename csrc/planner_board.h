@@ -18,6 +18,7 @@ struct BoardOptions {
   i64 target = 0;           // ticks that no rank should exceed
   bool barrier = false;     // regime slot: one micro-batch a rank; tokens count, waiting does not; leftovers are allowed
   i64 spread_from = kNever;  // sequences of at least this many tokens are spread inside a node though they fit one rank
+  bool in_order = false;     // the last wave runs where the board puts it, after the whole sequences placed before it
   bool wide_groups = false;  // of two choices that waste alike, the one that is done first, not the one that starts first
 };
 
@@ -50,12 +51,14 @@ class Board {
     }
     for (int d : wide) settle(d, place_wide(d, options_.target), groups, left);
     for (int d : inside) settle(d, place_inside(d), groups, left);
-    charge_waits_ = false;
+    charge_waits_ = options_.in_order && !options_.barrier;
+    before_level = shared.size();
     // What a rank waits for its sharers can hold whole sequences.
     for (int r = 0; r < machine_.world; ++r) {
       load[r] -= waited_[r];
       node_sum_[r / machine_.node] -= waited_[r];
     }
+    std::fill(waited_.begin(), waited_.end(), 0);
     place_whole(whole, groups, left);
     std::sort(left.begin(), left.end());
     return left;
@@ -87,6 +90,7 @@ class Board {
   std::vector<i64> load;    // ticks of each rank
   std::vector<i64> tokens;  // of each rank
   std::vector<int> shared;  // shared sequences in the order in which they were placed
+  std::size_t before_level = 0;  // how many of them were placed before the whole sequences
 
  private:
   std::vector<i64> waited_;  // until the last shared sequence of each rank began

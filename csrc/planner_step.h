@@ -14,17 +14,19 @@ class Ordering {
       : machine_(machine), seq_(seq), plan_(plan), ready_(machine.world, 0), next_(machine.world, 0),
         last_(machine.world, -1), whole_(machine.world) {}
 
-  void run(const std::vector<int>& shared) {
+  // `in_order_from`: sequences of `shared` from there on run after all whole sequences of their ranks that are longer.
+  void run(const std::vector<int>& shared, std::size_t in_order_from) {
     plan_.slots.assign(seq_.count, -1);
     for (int d = 0; d < seq_.count; ++d) {
       if (plan_.groups[d].size() == 1) whole_[plan_.groups[d][0]].push_back(d);
     }
-    for (int d : shared) {
-      if (!join(d)) open(d);
+    for (std::size_t i = 0; i < shared.size(); ++i) {
+      if (i >= in_order_from) {
+        for (int r : plan_.groups[shared[i]]) pack(r, kNever, shared[i]);
+      }
+      if (!join(shared[i])) open(shared[i]);
     }
-    for (int r = 0; r < machine_.world; ++r) {
-      pack(r, kNever);
-    }
+    for (int r = 0; r < machine_.world; ++r) pack(r, kNever, seq_.count);
     plan_.makespan = *std::max_element(ready_.begin(), ready_.end());
   }
 
@@ -64,7 +66,7 @@ class Ordering {
     i64 start = 0, slot = 0;
     for (int r : plan_.groups[d]) start = std::max(start, ready_[r]);
     for (int r : plan_.groups[d]) {
-      if (start > ready_[r]) pack(r, start - ready_[r]);
+      if (start > ready_[r]) pack(r, start - ready_[r], seq_.count);
       slot = std::max(slot, next_[r]);
     }
     for (int r : plan_.groups[d]) ready_[r] = start;
@@ -83,14 +85,16 @@ class Ordering {
     }
   }
 
-  // Whole sequences of rank r, longest first, as far as `gap` ticks allow: first fit into micro-batches.
-  void pack(int r, i64 gap) {
+  // Whole sequences of rank r before number `before`, longest first, as far as `gap` ticks allow: first fit into
+  // micro-batches.
+  void pack(int r, i64 gap, int before) {
+    if (whole_[r].empty() || whole_[r].front() >= before) return;
     std::vector<int> later;
     std::vector<i64> room;
     std::size_t open_from = 0;
     const i64 base = next_[r];
     for (int d : whole_[r]) {
-      if (seq_.work[d] > gap) {
+      if (d >= before || seq_.work[d] > gap) {
         later.push_back(d);
         continue;
       }
@@ -136,29 +140,54 @@ inline i64 step_target(const Machine& machine, const Sequences& seq) {
   return high;
 }
 
-inline Assignment plan_step(const Machine& machine, const Sequences& seq, int attempts) {
-  static constexpr i64 kPermille[] = {0, 1, 3, 6, 10, 15, 20, 30, 45, 60, 80, 110, 150, 200, 300, 450};
-  std::vector<int> order(seq.count);
-  std::iota(order.begin(), order.end(), 0);
-  Assignment best;
-  if (seq.count == 0) {
-    best.makespan = 0;
-    return best;
+class StepSearch {
+ public:
+  StepSearch(const Machine& machine, const Sequences& seq) : machine_(machine), seq_(seq), order_(seq.count) {
+    std::iota(order_.begin(), order_.end(), 0);
   }
-  const i64 base = step_target(machine, seq);
-  for (int i = 0; i < 2 * std::min<int>(attempts, std::size(kPermille)); ++i) {
+
+  // All variants at the lower bound, then the best of them at targets between the bound and what it reached.
+  Assignment run(int budget) {
+    const i64 base = step_target(machine_, seq_);
+    const i64 enough = base + base / 1000;
+    int variant = 0;
+    for (int v = 0; v < kVariants && best_.makespan > enough && budget > 0; ++v, --budget) {
+      if (attempt(base, v)) variant = v;
+    }
+    for (i64 eighths : {4, 2, 6, 4, 1, 7, 3, 5, 4, 2, 6, 1, 7, 3, 5}) {
+      if (best_.makespan <= enough || budget-- <= 0) break;
+      attempt(base + (best_.makespan - base) / 8 * eighths, variant);
+    }
+    return std::move(best_);
+  }
+
+ private:
+  static constexpr int kVariants = 4;
+  const Machine& machine_;
+  const Sequences& seq_;
+  std::vector<int> order_;
+  Assignment best_;
+
+  bool attempt(i64 target, int variant) {
     BoardOptions options;
-    options.target = base + base / 1000 * kPermille[i / 2];
-    options.wide_groups = i % 2 == 1;
-    if (best.makespan <= options.target) break;
+    options.target = target;
+    options.in_order = !(variant & 2);
+    options.wide_groups = variant & 1;
     Assignment plan;
-    plan.groups.resize(seq.count);
-    Board board(machine, seq, options);
-    board.fill(order, plan.groups);
-    Ordering(machine, seq, plan).run(board.shared);
-    if (plan.makespan < best.makespan) best = std::move(plan);
+    plan.groups.resize(seq_.count);
+    Board board(machine_, seq_, options);
+    board.fill(order_, plan.groups);
+    const std::size_t in_order_from = options.in_order ? board.before_level : board.shared.size();
+    Ordering(machine_, seq_, plan).run(board.shared, in_order_from);
+    if (plan.makespan >= best_.makespan) return false;
+    best_ = std::move(plan);
+    return true;
   }
-  return best;
+};
+
+inline Assignment plan_step(const Machine& machine, const Sequences& seq, int budget) {
+  if (seq.count == 0) return {{}, {}, 0};
+  return StepSearch(machine, seq).run(budget);
 }
 
 }  // namespace planner

@@ -14,7 +14,7 @@ from hdp.balance.memory import capacity_with
 from hdp.balance.plan import IntArray, Plan
 from hdp.balance.planners.problem import Problem
 
-STEP_EFFORT = 16
+STEP_EFFORT = 12
 SLOT_EFFORT = 24
 
 
