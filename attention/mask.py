@@ -58,10 +58,45 @@ class Mask:
         return self.visible(queries[1] - 1)[0] <= keys[0] and keys[1] <= self.visible(queries[0])[1]
 
     def area(self, queries: Range, keys: Range) -> int:
-        """Number of (query, key) pairs that count."""
-        if self.sees_all(queries, keys):
-            return max(queries[1] - queries[0], 0) * max(keys[1] - keys[0], 0)
-        return sum(rectangle.area for rectangle in decompose(self, (queries,), (keys,)))
+        """Number of (query, key) pairs that count; constant time."""
+        rows, columns = queries[1] - queries[0], keys[1] - keys[0]
+        if rows <= 0 or columns <= 0:
+            return 0
+        reach = self.window
+        if self.causal:
+            older = 0 if reach is None else _pairs_behind(queries, keys, reach)
+            return _pairs_behind(queries, keys, 0) - older
+        if reach is None:
+            return rows * columns
+        return _pairs_behind(queries, keys, 1 - reach) - _pairs_behind(queries, keys, reach)
+
+    def area_of(self, queries: Ranges, keys: Ranges) -> int:
+        """:meth:`area` between two ascending lists of ranges; linear in the ranges that the mask's edges cross."""
+        if not queries or not keys:
+            return 0
+        q, k = (queries[0][0], queries[-1][1]), (keys[0][0], keys[-1][1])
+        if not self.sees_any(q, k):
+            return 0
+        if self.sees_all(q, k):
+            return sum(b - a for a, b in queries) * sum(b - a for a, b in keys)
+        if len(queries) == 1 and len(keys) == 1:
+            return self.area(q, k)
+        if len(queries) >= len(keys):
+            middle = len(queries) // 2
+            return self.area_of(queries[:middle], keys) + self.area_of(queries[middle:], keys)
+        middle = len(keys) // 2
+        return self.area_of(queries, keys[:middle]) + self.area_of(queries, keys[middle:])
+
+
+def _pairs_behind(queries: Range, keys: Range, distance: int) -> int:
+    """Pairs whose key lies at least ``distance`` tokens before the query."""
+    columns = keys[1] - keys[0]
+
+    def up_to(row: int) -> int:  # sum over t < row of t + 1, clamped to 0 .. columns
+        inside = min(max(row, 0), columns)
+        return inside * (inside + 1) // 2 + columns * (max(row, 0) - inside)
+
+    return up_to(queries[1] - distance - keys[0]) - up_to(queries[0] - distance - keys[0])
 
 
 @dataclass(frozen=True, kw_only=True)

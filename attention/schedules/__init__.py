@@ -17,6 +17,7 @@ program that tests draw, and one executor runs them all. Some take a number afte
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol, cast
 
@@ -80,15 +81,36 @@ def get_schedule(name: str) -> Schedule:
     return make(int(number))
 
 
-def check_pair(forward: str, backward: str) -> None:
-    """Raises ValueError unless ``backward`` finds what it needs after ``forward``.
+@dataclass(frozen=True)
+class Pair:
+    """One schedule forward and another backward. Forward keeps only what backward finds."""
+
+    first: str
+    """Name of the forward schedule."""
+    second: str
+    """Name of the backward schedule."""
+
+    def __post_init__(self) -> None:
+        get_schedule(self.first), get_schedule(self.second)
+        if self.second.partition(":")[0] in _KEEPING and self.first != self.second:
+            raise ValueError(
+                f"backward schedule {self.second!r} starts from what its own forward keeps, but forward is"
+                f" {self.first!r}: choose {self.second!r} for both, or go backward with ring_q, token_ring, direct,"
+                f" all_gather or double_ring"
+            )
+
+    def forward(self, layout: Layout, mask: Mask, heads: HeadCount, member: int) -> RankProgram:
+        program = get_schedule(self.first).forward(layout, mask, heads, member)
+        return program if self.first == self.second else replace(program, keep=())
+
+    def backward(self, layout: Layout, mask: Mask, heads: HeadCount, member: int) -> RankProgram:
+        return get_schedule(self.second).backward(layout, mask, heads, member)
+
+
+def get_pair(forward: str, backward: str) -> Schedule:
+    """Both directions of a sequence. ValueError if ``backward`` would not find what it needs.
 
     ``ring``, ``ulysses`` and ``hybrid`` go backward from what their own forward kept; every other backward follows any
-    forward.
+    forward, which then keeps nothing.
     """
-    get_schedule(forward), get_schedule(backward)
-    if backward.partition(":")[0] in _KEEPING and forward != backward:
-        raise ValueError(
-            f"backward schedule {backward!r} starts from what its own forward keeps, but forward is {forward!r}:"
-            f" choose {backward!r} for both, or a backward of ring_q, token_ring, direct, all_gather, double_ring"
-        )
+    return Pair(forward, backward)

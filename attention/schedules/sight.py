@@ -32,12 +32,17 @@ class Sight:
         self.places = layout.size // width
         # Chunks that lie one after the other, none empty: what a chunk sees is then an interval of chunks.
         self._starts = [ranges[0][0] for ranges in layout.chunks] if _is_run(layout) else []
+        self._owned = [layout.owned(m) for m in range(layout.size)]
+        self._chunks: dict[int, tuple[int, ...]] = {}
         self._hops: dict[tuple[int, int, bool], Hops] = {}
 
     def chunks(self, block: int) -> tuple[int, ...]:
         """Chunks of a block that hold tokens, ascending."""
-        members = range(block * self.width, (block + 1) * self.width)
-        return tuple(sorted(c for m in members for c in self.layout.owned(m) if self.layout.tokens(c)))
+        if block not in self._chunks:
+            members = range(block * self.width, (block + 1) * self.width)
+            owned = (c for m in members for c in self._owned[m])
+            self._chunks[block] = tuple(sorted(c for c in owned if self.layout.tokens(c)))
+        return self._chunks[block]
 
     def sees(self, query: int, key: int) -> bool:
         """Whether some token of chunk ``query`` sees some token of chunk ``key``."""

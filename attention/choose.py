@@ -1,0 +1,261 @@
+"""Chooses the schedules of one sequence by cost: the cheapest by the programs' own byte and tile counts.
+
+Each candidate's programs are walked (``hdp.attention.counts``) for a few members, the ends and the middle of the group. A step
+takes as long as the longer of its computation and its slowest link, so
+
+    seconds = sum over steps of max(area / rate, latency + bytes on the slowest link / its rate),
+
+the slowest member counts, forward and backward apart. Among candidates within 1 % of the cheapest the one that sends least
+is taken: what is hidden here still uses links that others need.
+
+Pure and exact: the same arguments give the same answer on every rank. Lengths are rounded down to five significant bits,
+results are cached; a new case costs some milliseconds, a known one a microsecond.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from hdp.attention.counts import Sizes, StepCount, count
+from hdp.attention.layout import make_layout
+from hdp.attention.mask import Mask
+from hdp.attention.program import HeadCount
+from hdp.attention.schedules import get_pair, get_schedule
+
+LINK_KINDS = ("nic", "peer")
+FORWARD = ("ring", "direct", "token_ring", "all_gather", "all_gather:2", "all_gather:4", "ulysses", "ulysses:2")
+BACKWARD = (*FORWARD, "ring_q")
+SIGNIFICANT_BITS = 5
+REFERENCE_CHUNK = 64  # tokens a chunk at which programs are counted when no window sets a scale
+MARGIN = 1.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """How fast members reach each other."""
+
+    kind: str = "nic"
+    """``"nic"``: all of a member's traffic shares one full-duplex port (one for its node, one for other nodes).
+    ``"peer"``: each pair of members has a link of its own in each direction (PCIe or HCCS mesh)."""
+    inner_rate: float
+    """Bytes a second, each way, to members of the same node: of the port, or of each pair's link."""
+    outer_rate: float
+    """The same to members of other nodes."""
+    latency: float = 0.0
+    """Seconds that every step with transfers takes beyond its bytes."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in LINK_KINDS:
+            raise ValueError(f"unknown link kind {self.kind!r}: choose one of {', '.join(LINK_KINDS)}")
+        if not (self.inner_rate > 0 and self.outer_rate > 0 and self.latency >= 0):
+            raise ValueError(f"link rates must be positive and the latency not negative: {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """How fast a member computes attention."""
+
+    forward: float
+    """Allowed (query, key) pairs times query heads a second."""
+    backward: float
+    """The same in backward; about forward / 2.5."""
+    step_seconds: float = 0.0
+    """Fixed cost of each step on the host."""
+
+    def __post_init__(self) -> None:
+        if not (self.forward > 0 and self.backward > 0 and self.step_seconds >= 0):
+            raise ValueError(f"rates must be positive and the cost of a step not negative: {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One direction of one schedule, at its slowest of the members looked at."""
+
+    name: str
+    seconds: float
+    sent_bytes: float
+    """Of the member that sends most."""
+    peak_bytes: float
+    kept_bytes: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The schedules of one sequence."""
+
+    forward: Prediction
+    backward: Prediction
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return self.forward.name, self.backward.name
+
+    @property
+    def seconds(self) -> float:
+        return self.forward.seconds + self.backward.seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """All that the choice depends on."""
+
+    length: int
+    """Tokens of the sequence."""
+    size: int
+    """Members of the group."""
+    heads: HeadCount
+    sizes: Sizes
+    links: Links
+    rates: Rates
+    mask: Mask = Mask()
+    layout: str = "zigzag"
+    nodes: tuple[int, ...] | None = None
+    """Node of each member, in ring order; None: all on one node."""
+    kept_limit: float | None = None
+    """Bytes a layer may keep from forward to backward beside a member's own shard; None: any."""
+    peak_limit: float | None = None
+    """Bytes of buffers that may be held at a time; None: any."""
+
+    def __post_init__(self) -> None:
+        if self.nodes is not None and len(self.nodes) != self.size:
+            raise ValueError(f"nodes of {len(self.nodes)} members for a group of {self.size}")
+
+
+def choose(case: Case) -> Choice:
+    """The cheapest pair of schedules; ValueError if none keeps the memory limits."""
+    shift = max(case.length.bit_length() - SIGNIFICANT_BITS, 0)
+    return _choose(replace(case, length=case.length >> shift << shift))
+
+
+@lru_cache(maxsize=65536)
+def _choose(case: Case) -> Choice:
+    pairs = []
+    forward = [predict(name, case, backward=False) for name in candidates(case, backward=False)]
+    backward = [predict(name, case, backward=True) for name in candidates(case, backward=True)]
+    for f in forward:
+        for b in backward:
+            if _fits(case, f, b):
+                pairs.append(Choice(forward=f, backward=b))
+    if not pairs:
+        least = min((p.peak_bytes for p in forward + backward), default=0)
+        raise ValueError(
+            f"no schedule for about {case.length} tokens over {case.size} ranks keeps within peak_limit={case.peak_limit} and"
+            f" kept_limit={case.kept_limit} bytes: the least buffer is {least:.0f} bytes; use more ranks"
+        )
+    best = min(p.seconds for p in pairs)
+    return min(
+        (p for p in pairs if p.seconds <= best * MARGIN), key=lambda p: p.forward.sent_bytes + p.backward.sent_bytes
+    )
+
+
+def _fits(case: Case, forward: Prediction, backward: Prediction) -> bool:
+    if backward.kept_bytes and forward.name != backward.name:
+        return False
+    if not _is_pair(forward.name, backward.name):
+        return False
+    if case.kept_limit is not None and backward.kept_bytes > case.kept_limit:
+        return False
+    return case.peak_limit is None or max(forward.peak_bytes, backward.peak_bytes) <= case.peak_limit
+
+
+@lru_cache(maxsize=4096)
+def _is_pair(forward: str, backward: str) -> bool:
+    try:
+        get_pair(forward, backward)
+    except ValueError:
+        return False
+    return True
+
+
+def candidates(case: Case, backward: bool) -> list[str]:
+    """Names that can serve the group, plain ones first."""
+    if case.size == 1:
+        return ["local"]
+    names = list(BACKWARD if backward else FORWARD)
+    for width in range(2, case.size):
+        if case.size % width == 0 and _inside_nodes(case, width):
+            names += [f"hybrid:{width}"] if width <= case.heads.query else []
+            names += [f"double_ring:{width}"] if case.nodes is not None else []
+    return names
+
+
+def _inside_nodes(case: Case, width: int) -> bool:
+    if case.nodes is None:
+        return True
+    return all(len(set(case.nodes[i : i + width])) == 1 for i in range(0, case.size, width))
+
+
+def predict(name: str, case: Case, *, backward: bool) -> Prediction:
+    """Time, bytes and memory of one schedule, wanted or not; what :func:`choose` compares."""
+    scale, reference = 1.0, case.length
+    if case.mask.window is None:  # bytes grow with the length, areas with its square
+        reference = 2 * case.size * REFERENCE_CHUNK
+        scale = case.length / reference
+    static = (case.layout, case.size, reference, case.heads, case.sizes, case.mask)
+    seconds, sent, peak, kept = 0.0, 0.0, 0.0, 0.0
+    for member in _members(case.size):
+        profile = _profile(name, backward, member, static, case.links.kind, case.nodes)
+        seconds = max(seconds, _seconds(profile, case, scale, backward))
+        sent, peak = max(sent, profile.sent_bytes * scale), max(peak, profile.peak_bytes * scale)
+        kept = max(kept, profile.kept_bytes * scale)
+    return Prediction(name=name, seconds=seconds, sent_bytes=sent, peak_bytes=peak, kept_bytes=kept)
+
+
+def _members(size: int) -> tuple[int, ...]:
+    """The extremes of every schedule lie at the ends of the group."""
+    return tuple(sorted({0, min(1, size - 1), size // 2, size - 1}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Profile:
+    steps: tuple[tuple[tuple[int, int, int], int], ...]
+    """((area, bytes on the slowest inner link, on the slowest outer link), how many such steps)."""
+    sent_bytes: int
+    peak_bytes: int
+    kept_bytes: int
+
+
+Static = tuple[str, int, int, HeadCount, Sizes, Mask]
+
+
+@lru_cache(maxsize=16384)
+def _profile(
+    name: str, backward: bool, member: int, static: Static, kind: str, nodes: tuple[int, ...] | None
+) -> _Profile:
+    layout_name, size, length, heads, sizes, mask = static
+    layout = make_layout(layout_name, length, size)
+    schedule = get_schedule(name)
+    program = (schedule.backward if backward else schedule.forward)(layout, mask, heads, member)
+    counted = count(program, layout, mask, heads, member, sizes, backward)
+    steps = Counter((s.area, *_loads(s, kind, nodes, member)) for s in counted.steps)
+    return _Profile(
+        steps=tuple(steps.items()),
+        sent_bytes=counted.sent_bytes,
+        peak_bytes=counted.peak_bytes,
+        kept_bytes=counted.kept_bytes,
+    )
+
+
+def _loads(step: StepCount, kind: str, nodes: tuple[int, ...] | None, member: int) -> Iterator[int]:
+    """Bytes on the busiest link inside the node and on the busiest one to other nodes, in the busier direction."""
+    for is_outer in (False, True):
+        ways = []
+        for by_peer in (step.sent, step.received):
+            there = [b for p, b in by_peer.items() if (nodes is not None and nodes[p] != nodes[member]) == is_outer]
+            ways.append((sum(there) if kind == "nic" else max(there, default=0)) if there else 0)
+        yield max(ways)
+
+
+def _seconds(profile: _Profile, case: Case, scale: float, backward: bool) -> float:
+    links, rates = case.links, case.rates
+    rate = rates.backward if backward else rates.forward
+    total = 0.0
+    for (area, inner, outer), times in profile.steps:
+        transfer = 0.0
+        if inner or outer:
+            transfer = links.latency + max(inner * scale / links.inner_rate, outer * scale / links.outer_rate)
+        total += times * (rates.step_seconds + max(area * scale * scale / rate, transfer))
+    return total

@@ -1,0 +1,224 @@
+"""Counts bytes, tiles and buffers of a program by walking it, one member at a time.
+
+The figures that the choice by cost, the planner and the simulator use; ``hdp.attention.costs`` gives them in closed form.
+
+[Note: buffers] What a member holds beyond its own shard and results, step by step:
+
+- an input that it receives: from the step in which it arrives to the last step that computes with it or sends it on; an
+  input that forward kept: from the start of backward to its last use;
+- a sum for tokens of another member: from its first tile or arrival to the step that sends it;
+- a partial that is merged on arrival: the step in which it arrives.
+
+What forward keeps for backward is counted apart, and not as a buffer of forward once it is kept: it is in ``kept_bytes``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hdp.attention.blocks import HeadBlocks
+from hdp.attention.layout import Layout, Range, Ranges
+from hdp.attention.mask import Mask
+from hdp.attention.program import HeadCount, Kind, RankProgram, Tile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Bytes of what travels."""
+
+    head_dim: int
+    model_bytes: int
+    """Bytes of an element of q, k, v and of complete results."""
+    sum_bytes: int = 4
+    """Bytes of an element of partial sums, lse and delta."""
+    input_bytes: int | None = None
+    """Bytes of an element of q, k, v on their way, if they travel in another dtype; None: ``model_bytes``."""
+
+    def per_token(self, kind: Kind, final: bool = False) -> int:
+        """Bytes of one token and head (key/value head for KV, DKV) of a message."""
+        travelling = self.model_bytes if self.input_bytes is None else self.input_bytes
+        result = self.head_dim * (self.model_bytes if final else self.sum_bytes)
+        return {
+            Kind.Q: self.head_dim * travelling,
+            Kind.KV: 2 * self.head_dim * travelling,
+            Kind.DO: self.head_dim * self.model_bytes + 2 * self.sum_bytes,
+            Kind.OUT: result + self.sum_bytes,
+            Kind.DQ: result,
+            Kind.DKV: 2 * result,
+        }[kind]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCount:
+    """One step of one member."""
+
+    area: int
+    """Allowed (query, key) pairs times query heads."""
+    sent: dict[int, int]
+    """Bytes by destination (member)."""
+    received: dict[int, int]
+    """Bytes by source (member)."""
+    buffer_bytes: int
+    """See [Note: buffers]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Count:
+    """One direction of one member."""
+
+    steps: tuple[StepCount, ...]
+    kept_bytes: int
+    """Bytes that forward keeps for backward, or backward finds."""
+
+    @property
+    def sent_bytes(self) -> int:
+        return sum(sum(s.sent.values()) for s in self.steps)
+
+    @property
+    def received_bytes(self) -> int:
+        return sum(sum(s.received.values()) for s in self.steps)
+
+    @property
+    def area(self) -> int:
+        """Pairs times query heads that this member computes."""
+        return sum(s.area for s in self.steps)
+
+    @property
+    def peak_bytes(self) -> int:
+        return max((s.buffer_bytes for s in self.steps), default=0)
+
+
+def count(
+    program: RankProgram,
+    layout: Layout,
+    mask: Mask,
+    heads: HeadCount,
+    member: int,
+    sizes: Sizes,
+    backward: bool,
+) -> Count:
+    """Walks one member's program of one direction."""
+    counter = _Counter(layout, heads, member, sizes, program)
+    buffers = counter.buffers(program, backward)
+    steps = []
+    for number, step in enumerate(program.steps):
+        sent: dict[int, int] = defaultdict(int)
+        received: dict[int, int] = defaultdict(int)
+        for transfers, by_peer in ((step.sends, sent), (step.receives, received)):
+            for t in transfers:
+                by_peer[t.peer] += counter.bytes(t.kind, t.chunks, t.heads, t.final)
+        area = sum(_area(layout, mask, tile) for tile in step.tiles)
+        steps.append(StepCount(area=area, sent=dict(sent), received=dict(received), buffer_bytes=buffers[number]))
+    kept = sum(counter.bytes(v.kind, v.chunks, v.heads) for v in program.keep)
+    return Count(steps=tuple(steps), kept_bytes=kept)
+
+
+def _area(layout: Layout, mask: Mask, tile: Tile) -> int:
+    pairs = mask.area_of(_joined(layout, tile.queries), _joined(layout, tile.keys))
+    return pairs * (tile.heads[1] - tile.heads[0])
+
+
+def _joined(layout: Layout, chunks: Iterable[int]) -> Ranges:
+    """Token ranges of some chunks, ascending, touching ones joined."""
+    ranges: list[Range] = []
+    for start, stop in sorted(r for c in chunks for r in layout.chunks[c] if r[0] < r[1]):
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], stop)
+        else:
+            ranges.append((start, stop))
+    return tuple(ranges)
+
+
+Cell = tuple[Kind, int, int]  # kind, chunk, block of the kind's heads
+
+
+class _Counter:
+    """Lives of the values that do not belong to this member."""
+
+    def __init__(self, layout: Layout, heads: HeadCount, member: int, sizes: Sizes, program: RankProgram) -> None:
+        self.layout, self.member, self.sizes = layout, member, sizes
+        self.blocks = HeadBlocks(heads, (program,))
+        self.lives: list[list[int]] = []  # [first step, last step, bytes]
+        self.inputs: dict[Cell, list[int]] = {}
+        self.sums: dict[Cell, list[int]] = {}
+
+    def bytes(self, kind: Kind, chunks: Iterable[int], heads: tuple[int, int], final: bool = False) -> int:
+        tokens = sum(self.layout.tokens(c) for c in chunks)
+        return tokens * (heads[1] - heads[0]) * self.sizes.per_token(kind, final)
+
+    def buffers(self, program: RankProgram, backward: bool) -> list[int]:
+        """Bytes held in each step."""
+        kept = {cell for v in program.keep for cell in self._cells(v.kind, v.chunks, v.heads)}
+        if backward:
+            for cell in sorted(kept, key=lambda c: (c[0].value, c[1], c[2])):
+                self.inputs[cell] = self._begin(cell, 0)
+        for number, step in enumerate(program.steps):
+            for transfer in step.sends:
+                for cell in self._cells(transfer.kind, transfer.chunks, transfer.heads):
+                    self._use(cell, number, is_last=transfer.kind.is_accumulator)
+            for tile in step.tiles:
+                self._compute(tile, number, backward)
+            for transfer in step.receives:
+                for cell in self._cells(transfer.kind, transfer.chunks, transfer.heads):
+                    self._arrive(cell, number, transfer.final, is_kept=cell in kept and not backward)
+        held = [0] * (len(program.steps) + 1)
+        for first, last, size in self.lives:
+            held[first] += size
+            held[last + 1] -= size
+        for number in range(1, len(held)):
+            held[number] += held[number - 1]
+        return held[:-1]
+
+    def _cells(self, kind: Kind, chunks: Iterable[int], heads: tuple[int, int]) -> list[Cell]:
+        blocks = self.blocks.of(kind, heads)
+        return [(kind, chunk, block) for chunk in chunks for block in blocks]
+
+    def _begin(self, cell: Cell, step: int, final: bool = False) -> list[int]:
+        kind, chunk, block = cell
+        size = self.layout.tokens(chunk) * self.blocks.count(kind, block) * self.sizes.per_token(kind, final)
+        life = [step, step, size]
+        self.lives.append(life)
+        return life
+
+    def _use(self, cell: Cell, step: int, is_last: bool = False) -> None:
+        values = self.sums if cell[0].is_accumulator else self.inputs
+        life = values.get(cell)
+        if life is not None:
+            life[1] = max(life[1], step)
+        if is_last:
+            values.pop(cell, None)
+
+    def _compute(self, tile: Tile, step: int, backward: bool) -> None:
+        keys = self.blocks.of(Kind.Q, tile.heads)
+        key_blocks = range(self.blocks.key_of(keys[0]), self.blocks.key_of(keys[-1]) + 1)
+        for q in tile.queries:
+            for block in keys:
+                self._use((Kind.Q, q, block), step)
+                if backward:
+                    self._use((Kind.DO, q, block), step)
+                self._sum((Kind.DQ if backward else Kind.OUT, q, block), step)
+        for k in tile.keys:
+            for block in key_blocks:
+                self._use((Kind.KV, k, block), step)
+                if backward:
+                    self._sum((Kind.DKV, k, block), step)
+
+    def _sum(self, cell: Cell, step: int) -> None:
+        if self.layout.owners[cell[1]] == self.member:
+            return
+        if cell not in self.sums:
+            self.sums[cell] = self._begin(cell, step)
+        self._use(cell, step)
+
+    def _arrive(self, cell: Cell, step: int, final: bool, is_kept: bool) -> None:
+        if not cell[0].is_accumulator:
+            life = self._begin(cell, step)
+            self.inputs[cell] = life
+            if is_kept:
+                life[2] = 0  # its place is in what is kept
+            return
+        life = self._begin(cell, step, final)
+        if cell not in self.sums and self.layout.owners[cell[1]] != self.member:
+            self.sums[cell] = life
