@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from hdp.attention.counts import Sizes, StepCount, count
@@ -110,7 +110,7 @@ class Case:
     sizes: Sizes
     links: Links
     rates: Rates
-    mask: Mask = Mask()
+    mask: Mask = field(default_factory=Mask)
     layout: str = "zigzag"
     nodes: tuple[int, ...] | None = None
     """Node of each member, in ring order; None: all on one node."""
