@@ -1,0 +1,213 @@
+"""Memory and time of offloading saved activations: a Llama with SmolLM2-135M's layer shape on one rank.
+
+    OMP_NUM_THREADS=1 python benchmarks/offload.py --folder /local/scratch
+
+Every setting runs in one process, one after the other, in as many rounds as given; a setting's time is the median of its
+ratios to the ``r=0`` of the same round. Memory is the process's peak resident set during the step less what it held
+before (saved activations, and whatever else a step needs), and, apart from that, the engine's own count of saved
+activations. The disk tier uses O_DIRECT, so that no page cache holds what has left. The head has a small vocabulary:
+logits, which no setting touches, would hide the rest. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import fcntl
+import gc
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hdp.offload import FileTier, OffloadEngine
+
+VOCABULARY = 1024
+SETTINGS: dict[str, dict[str, Any]] = {
+    "r=0": {"policy": "keep"},
+    "r=0.25": {"ratio": 0.25},
+    "r=0.5": {"ratio": 0.5},
+    "r=0.75": {"ratio": 0.75},
+    "r=1": {"ratio": 1.0},
+    "recompute": {"policy": "recompute", "ratio": 1.0},
+    "auto": {"policy": "auto"},
+}
+SHORT = ("r=0", "r=1", "recompute", "auto")
+"""Settings of every round but the first: those that the figures in brackets are about."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One timed step."""
+
+    setting: str
+    tokens: int
+    round: int
+    seconds: float
+    rss: int
+    """Peak resident bytes during the step less those before it."""
+    saved: int
+    """Engine's peak count of saved activations on the device, in bytes."""
+    left: int
+    """Bytes that left."""
+    loss: float
+
+
+def resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}: this benchmark needs Linux")
+
+
+@contextlib.contextmanager
+def alone(path: str | None) -> Iterator[None]:
+    """Holds an exclusive lock, so that benchmarks on a shared machine take turns, one step at a time."""
+    if path is None:
+        yield
+        return
+    with open(path, "a", encoding="ascii") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def make_model(layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def run_step(model: LlamaForCausalLM, engine: OffloadEngine, ids: torch.Tensor, setting: str, round_: int) -> Step:
+    model.zero_grad(set_to_none=False)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the last step's heap still held would hide this step's growth
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak resident set
+    before = resident("VmRSS")
+    engine.meter.reset_peaks()
+    start = time.perf_counter()
+    with engine.micro_batch(model, tokens=ids.shape[1], **SETTINGS[setting]):
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+    seconds = time.perf_counter() - start
+    meter = engine.meter
+    step = Step(
+        setting=setting,
+        tokens=ids.shape[1],
+        round=round_,
+        seconds=seconds,
+        rss=resident("VmHWM") - before,
+        saved=meter.peak_device,
+        left=meter.left,
+        loss=loss.item(),
+    )
+    print(
+        f"{step.tokens:5d} tokens  round {round_}  {setting:10s} {seconds:7.2f} s  rss +{step.rss / 2**20:6.0f} MiB  "
+        f"saved {step.saved / 2**20:6.0f} MiB  left {step.left / 2**20:6.0f} MiB  "
+        f"waited {meter.waited_out:.2f} s out, {meter.waited_back:.2f} s back, {meter.late} late",
+        flush=True,
+    )
+    return step
+
+
+def relative(steps: list[Step], tokens: int, setting: str, field: str) -> float:
+    """Median over rounds of a setting's figure over that of ``r=0`` in the same round."""
+    base = {s.round: getattr(s, field) for s in steps if s.tokens == tokens and s.setting == "r=0"}
+    ratios = [getattr(s, field) / base[s.round] for s in steps if s.tokens == tokens and s.setting == setting]
+    return statistics.median(ratios)
+
+
+def on_envelope(points: dict[str, tuple[float, float]], name: str, tolerance: float) -> bool:
+    """Whether no other (time, memory) is better than the named one in both by more than ``tolerance``."""
+    time_, memory = points[name]
+    return not any(
+        t < time_ * (1 - tolerance) and m < memory * (1 - tolerance)
+        for other, (t, m) in points.items()
+        if other != name
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="folder on a local disk for the scratch file")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--layers", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--tolerance", type=float, default=0.02, help="noise allowed when the envelope is judged")
+    parser.add_argument("--lock", help="file to lock exclusively around each step")
+    args = parser.parse_args()
+
+    model = make_model(args.layers)
+    generator = torch.Generator().manual_seed(1)
+    steps: list[Step] = []
+    with OffloadEngine([FileTier(args.folder)]) as engine:
+        with alone(args.lock):
+            bandwidth = engine.measure(nbytes=512 << 20)
+        print(f"disk: {bandwidth.out / 1e9:.2f} GB/s out, {bandwidth.back / 1e9:.2f} GB/s back", flush=True)
+        ids = torch.randint(0, VOCABULARY, (1, min(args.tokens) // 4), generator=generator)
+        for setting in ("r=0", "r=1", "recompute"):  # warm-up, not counted
+            run_step(model, engine, ids, setting, -1)
+        for tokens in args.tokens:
+            ids = torch.randint(0, VOCABULARY, (1, tokens), generator=generator)
+            engine.profiles.clear()
+            with alone(args.lock), engine.micro_batch(model, tokens=tokens, policy="auto"):
+                model(ids, labels=ids, use_cache=False).loss.backward()  # `auto` takes its profile
+            for round_ in range(args.rounds):
+                for setting in SETTINGS if round_ == 0 else SHORT:
+                    with alone(args.lock):
+                        steps.append(run_step(model, engine, ids, setting, round_))
+    report(args, steps, bandwidth)
+
+
+def report(args: argparse.Namespace, steps: list[Step], bandwidth: Any) -> None:
+    result: dict[str, Any] = {}
+    envelope = True
+    for tokens in args.tokens:
+        points = {}
+        print(f"\n{tokens} tokens, relative to r=0:  time   rss    saved activations")
+        for setting in SETTINGS:
+            t, rss, saved = (relative(steps, tokens, setting, f) for f in ("seconds", "rss", "saved"))
+            points[setting] = (t, rss)
+            print(f"  {setting:24s} {t:6.3f} {rss:6.3f} {saved:6.3f}")
+        envelope &= on_envelope(points, "auto", args.tolerance)
+        losses = {s.loss for s in steps if s.tokens == tokens}
+        if len(losses) != 1:
+            raise RuntimeError(f"losses differ between settings: {losses}")
+        result[f"table_{tokens}"] = {name: {"time": t, "memory": m} for name, (t, m) in points.items()}
+    longest = max(args.tokens)
+    result["memory_r1"] = relative(steps, longest, "r=1", "rss")
+    result["memory_r1_saved"] = relative(steps, longest, "r=1", "saved")
+    result["time_r1"] = relative(steps, longest, "r=1", "seconds")
+    by_round = {(s.setting, s.round): s.seconds for s in steps if s.tokens == longest}
+    result["time_recompute"] = statistics.median(
+        by_round["r=1", n] / by_round["recompute", n] for n in range(args.rounds)
+    )
+    result["auto_on_envelope"] = envelope
+    result["machine"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} compute thread(s)"
+    result["disk_bytes_per_second"] = asdict(bandwidth)
+    result["date"] = time.strftime("%Y-%m-%d")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The engine: moves saved activations out during forward and back during backward.
+
+    engine = OffloadEngine([HostTier(budget=64 << 30, device="cuda"), FileTier("/local/scratch", device="cuda")],
+                           device="cuda")
+    with engine.micro_batch(model, ratio=0.5, tokens=8192):
+        loss = model(...)
+        loss.backward()
+
+One engine lives as long as the process; one context wraps forward and backward of one micro-batch. What happens at layer
+borders is in :mod:`hdp.offload.micro_batch`, the life of storages in :mod:`hdp.offload.store`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hdp.offload.auto import LayerProfile, choose, scaled_profile
+from hdp.offload.bandwidth import Bandwidth, measure_bandwidth
+from hdp.offload.errors import OffloadError
+from hdp.offload.layers import find_layers
+from hdp.offload.micro_batch import MicroBatch
+from hdp.offload.policy import layer_actions
+from hdp.offload.store import ActivationStore
+from hdp.offload.streams import Copies
+from hdp.offload.tiers import Tier
+
+MIN_BYTES = 64 << 10
+
+
+class OffloadEngine(ActivationStore):
+    """Moves saved activations of one device through a chain of tiers. Thread-safe."""
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        *,
+        device: torch.device | str = "cpu",
+        min_bytes: int = MIN_BYTES,
+        copies: Copies | None = None,
+    ) -> None:
+        """
+        Args:
+            tiers: where activations go, in order of preference; the engine closes them.
+            device: device of the activations.
+            min_bytes: smaller storages are left alone.
+            copies: the copy streams; None makes those of ``device``.
+        """
+        super().__init__(tiers, device=torch.device(device), min_bytes=min_bytes, copies=copies)
+        self.bandwidth: Bandwidth | None = None
+        self.profiles: dict[int, LayerProfile] = {}
+        """Last measured layer of micro-batches of so many tokens."""
+
+    def micro_batch(
+        self,
+        model: nn.Module,
+        *,
+        ratio: float = 1.0,
+        policy: str = "offload",
+        tokens: int | None = None,
+        layers: Sequence[nn.Module] | None = None,
+        memo_fraction: float = 0.0,
+        keep_first: int = 1,
+        keep_last: int = 1,
+        keep_ops: frozenset[Any] = frozenset(),
+    ) -> MicroBatch:
+        """The context around forward and backward of one micro-batch.
+
+        Args:
+            model: the module that forward calls.
+            ratio: fraction of each saved activation that leaves, 0 to 1.
+            policy: ``keep``, ``offload``, ``recompute``, ``memo`` (see :mod:`hdp.offload.policy`), or ``auto``: the
+                largest ratio, up to ``ratio``, whose copies hide behind compute, from the bandwidth of
+                :meth:`measure` and the layer times of the last micro-batch of about as many tokens; the first one
+                offloads ``ratio`` and is timed.
+            tokens: tokens of the micro-batch; saved tensors with a dimension of that size are split by whole tokens.
+            layers: the model's layers in forward order; None finds them.
+            memo_fraction: fraction of layers that ``memo`` offloads instead of recomputing.
+            keep_first, keep_last: layers at each end that keep everything.
+            keep_ops: operator overloads whose outputs recomputation keeps, attention's above all.
+        """
+        found = find_layers(model, layers)
+        timed = policy == "auto"
+        if timed:
+            policy, ratio = "offload", self._auto_ratio(ratio, tokens, len(found), keep_first, keep_last)
+        actions = layer_actions(
+            len(found), policy=policy, ratio=ratio, memo_fraction=memo_fraction, keep_first=keep_first, keep_last=keep_last
+        )  # fmt: skip
+        return MicroBatch(self, model, found, actions, tokens=tokens, keep_ops=keep_ops, timed=timed)
+
+    def measure(
+        self,
+        *,
+        nbytes: int = 256 << 20,
+        barrier: Callable[[], None] = lambda: None,
+        slowest: Callable[[float], float] = lambda seconds: seconds,
+    ) -> Bandwidth:
+        """Measures the tiers, for ``auto``; every rank of the node calls it (see :func:`measure_bandwidth`).
+
+        Of a chain the slowest tier with room for ``nbytes`` counts.
+        """
+        found = [
+            measure_bandwidth(tier, nbytes=nbytes, device=self.device, barrier=barrier, slowest=slowest)
+            for tier in self.chain.tiers
+            if tier.budget is None or tier.budget >= nbytes
+        ]
+        if not found:
+            raise OffloadError(f"no tier has a budget of {nbytes} bytes to measure with: give fewer")
+        self.bandwidth = min(found, key=lambda b: b.least)
+        return self.bandwidth
+
+    def _auto_ratio(self, most: float, tokens: int | None, layers: int, keep_first: int, keep_last: int) -> float:
+        if tokens is None or self.bandwidth is None:
+            raise ValueError("policy 'auto' needs the micro-batch's tokens and a measured bandwidth: pass tokens=..., and "
+                             "call engine.measure() once at start")  # fmt: skip
+        if not self.profiles:
+            return most
+        profile = scaled_profile(self.profiles, tokens)
+        decision = choose(
+            profile, layers=layers, bandwidth=self.bandwidth.least, keep_first=keep_first, keep_last=keep_last
+        )
+        return min(most, decision.ratio)
+
+    def trim(self) -> None:
+        """Gives unused host memory and file space back to the system."""
+        self.finish(failed=False)
+        self.chain.trim()
+
+    def close(self) -> None:
+        """Ends the streams and gives everything back. Raises if activations are still out."""
+        self.finish(failed=False)
+        out = {name: used for name, used in self.chain.bytes_by_tier().items() if used}
+        self._copies.close()
+        self.chain.close()
+        if out:
+            raise OffloadError(
+                f"closed with activations still out ({out} bytes): finish backward or drop the loss first"
+            )
+
+    def __enter__(self) -> OffloadEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        self.finish(failed=True)
+        self._copies.close()
+        self.chain.close()
