@@ -85,3 +85,10 @@ def _could_take(problem: Problem, order: IntArray, makespan: int) -> bool:
             return True
         at += len(block)
     return True
+
+
+def slot_bound(problem: Problem) -> int:
+    """Regime ``slot``: see :mod:`hdp.balance.barrier_bound`, which needs scipy."""
+    from hdp.balance.barrier_bound import slot_bound as sharper
+
+    return sharper(problem)

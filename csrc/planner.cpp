@@ -51,17 +51,18 @@ py::tuple solve(const Array& terms, int world, int node, i64 capacity, i64 laten
     plan = regime == "slot" ? planner::plan_slot(machine, seq, effort) : planner::plan_step(machine, seq, effort);
   }
   Array offsets(seq.count + 1), slots(seq.count);
-  i64 total = 0;
-  offsets.mutable_at(0) = 0;
-  for (int d = 0; d < seq.count; ++d) {
-    total += static_cast<i64>(plan.groups[d].size());
-    offsets.mutable_at(d + 1) = total;
-    slots.mutable_at(d) = plan.slots[d];
+  const planner::Groups& groups = plan.groups;
+  i64* offset = offsets.mutable_data();
+  std::fill(offset, offset + seq.count + 1, i64{0});
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    offset[groups.sequences[i] + 1] = groups.offsets[i + 1] - groups.offsets[i];
   }
-  Array ranks(total);
-  i64* out = ranks.mutable_data();
-  for (int d = 0; d < seq.count; ++d) {
-    for (int r : plan.groups[d]) *out++ = r;
+  std::partial_sum(offset, offset + seq.count + 1, offset);
+  std::copy(plan.slots.begin(), plan.slots.end(), slots.mutable_data());
+  Array ranks(static_cast<py::ssize_t>(groups.ranks.size()));
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    std::copy(groups.ranks.begin() + groups.offsets[i], groups.ranks.begin() + groups.offsets[i + 1],
+              ranks.mutable_data() + offset[groups.sequences[i]]);
   }
   return py::make_tuple(slots, offsets, ranks, plan.makespan);
 }

@@ -23,6 +23,8 @@ struct BoardOptions {
 };
 
 class Board {
+  static constexpr int kMostFailures = 4;  // sequences left over in a row before the next that costs less is looked for
+
  public:
   Board(const Machine& machine, const Sequences& seq, const BoardOptions& options)
       : machine_(machine),
@@ -36,7 +38,7 @@ class Board {
         node_tokens_(machine.nodes(), 0) {}
 
   // Places the sequences of `order` (ascending, so longest first); returns those left over, in order.
-  std::vector<int> fill(const std::vector<int>& order, std::vector<std::vector<int>>& groups) {
+  std::vector<int> fill(const std::vector<int>& order, Groups& groups) {
     std::vector<int> wide, inside, whole, left;
     const i64 size = machine_.largest();
     for (int d : order) {
@@ -133,14 +135,14 @@ class Board {
   }
 
   // Puts `d` where `choice` says; in regime slot only if that keeps the target.
-  void settle(int d, Choice choice, std::vector<std::vector<int>>& groups, std::vector<int>& left) {
+  void settle(int d, Choice choice, Groups& groups, std::vector<int>& left) {
     if (choice.ranks.empty() || (options_.barrier && !choice.feasible)) {
       left.push_back(d);
       return;
     }
     std::sort(choice.ranks.begin(), choice.ranks.end());
     put(d, choice.ranks, share(machine_, seq_, d, choice.ranks.size(), across(choice.ranks)));
-    groups[d] = std::move(choice.ranks);
+    groups.add(d, choice.ranks.data(), choice.ranks.size());
   }
 
   // Windows of m whole nodes for a few m from the fewest that keep the target to the most that hide the ring.
@@ -307,11 +309,13 @@ class Board {
   }
 
   // Longest first on the least loaded rank. Ranks without room for a sequence wait aside until shorter ones come.
-  void place_whole(const std::vector<int>& whole, std::vector<std::vector<int>>& groups, std::vector<int>& left) {
+  void place_whole(const std::vector<int>& whole, Groups& groups, std::vector<int>& left) {
     Heap ranks;
     std::priority_queue<Entry> aside;  // by room
     for (int r = 0; r < machine_.world; ++r) ranks.push({load[r], r});
-    for (int d : whole) {
+    int failures = 0;
+    for (std::size_t i = 0; i < whole.size(); ++i) {
+      const int d = whole[i];
       while (!aside.empty() && aside.top().first >= seq_.length[d]) {
         const int r = aside.top().second;
         aside.pop();
@@ -332,12 +336,33 @@ class Board {
         }
       }
       if (rank >= 0 && load[rank] + seq_.work[d] <= options_.target) {
-        put(d, {rank}, seq_.work[d]);
-        groups[d] = {rank};
+        put_whole(d, rank);
+        groups.add(d, &rank, 1);
         continue;
       }
-      settle(d, level(d, rank, ranks), groups, left);
+      const std::size_t before = left.size();
+      if (failures < kMostFailures) settle(d, level(d, rank, ranks), groups, left);
+      else left.push_back(d);
+      if (left.size() == before) continue;
+      // Left over. Nothing that costs as much will fit: on to the first sequence that the least loaded rank can take.
+      if (++failures < kMostFailures) continue;
+      failures = 0;
+      const i64 room = rank >= 0 ? options_.target - load[rank] : -1;
+      const auto next = std::partition_point(whole.begin() + i + 1, whole.end(), [&](int e) {
+        return rank >= 0 ? seq_.work[e] > room : aside.empty() || seq_.length[e] > aside.top().first;
+      });
+      left.insert(left.end(), whole.begin() + i + 1, next);
+      i = static_cast<std::size_t>(next - whole.begin()) - 1;
     }
+  }
+
+  void put_whole(int d, int r) {
+    const int v = r / machine_.node;
+    load[r] += seq_.work[d];
+    tokens[r] += seq_.length[d];
+    node_sum_[v] += seq_.work[d];
+    node_most_[v] = std::max(node_most_[v], load[r]);
+    node_tokens_[v] = std::max(node_tokens_[v], tokens[r]);
   }
 
   // A sequence that no rank can take whole within the target: spread where that helps, whole where it does not.

@@ -78,10 +78,36 @@ inline i64 most_hidden(const Machine& machine, const Sequences& seq, int d, i64 
   return good;
 }
 
-// Where the sequences of one plan run.
+// Groups of the sequences placed so far, one after the other; a sequence is placed at most once.
+struct Groups {
+  std::vector<int> sequences;
+  std::vector<i64> offsets{0};
+  std::vector<int> ranks;  // ascending within a group
+
+  void add(int d, const int* first, std::size_t count) {
+    sequences.push_back(d);
+    ranks.insert(ranks.end(), first, first + count);
+    offsets.push_back(static_cast<i64>(ranks.size()));
+  }
+  std::size_t size() const { return sequences.size(); }
+};
+
+// One group's ranks, without owning them.
+struct Members {
+  const int* first = nullptr;
+  const int* last = nullptr;
+  const int* begin() const { return first; }
+  const int* end() const { return last; }
+  std::size_t size() const { return static_cast<std::size_t>(last - first); }
+  int front() const { return *first; }
+  int back() const { return *(last - 1); }
+  bool operator==(const Members& other) const { return std::equal(first, last, other.first, other.last); }
+};
+
+// Where and when the sequences of one plan run.
 struct Assignment {
-  std::vector<std::vector<int>> groups;  // ranks of each sequence, ascending; empty: not placed
-  std::vector<i64> slots;
+  Groups groups;
+  std::vector<i64> slots;  // of each sequence
   i64 makespan = kNever;
 };
 

@@ -10,23 +10,19 @@ class SlotSearch {
  public:
   SlotSearch(const Machine& machine, const Sequences& seq) : machine_(machine), seq_(seq) {}
 
-  Assignment run(i64 spread_from, int effort) {
+  Assignment run(int effort) {
     Assignment plan;
-    plan.groups.resize(seq_.count);
     plan.slots.assign(seq_.count, -1);
     plan.makespan = 0;
     std::vector<int> left(seq_.count);
     std::iota(left.begin(), left.end(), 0);
     for (i64 slot = 0; !left.empty(); ++slot) {
-      Slot best;
-      for (i64 target : durations(left, effort)) {
-        Slot tried = fill(left, target, spread_from);
-        if (tried.useful > 0 && tried.left.size() < left.size() && better(tried, best)) best = std::move(tried);
-      }
-      for (int d : left) {
-        if (best.groups[d].empty()) continue;
-        plan.groups[d] = std::move(best.groups[d]);
+      Slot best = best_slot(left, effort);
+      for (std::size_t i = 0; i < best.groups.size(); ++i) {
+        const int d = best.groups.sequences[i];
         plan.slots[d] = slot;
+        const i64 first = best.groups.offsets[i];
+        plan.groups.add(d, best.groups.ranks.data() + first, best.groups.offsets[i + 1] - first);
       }
       plan.makespan += best.duration;
       left = std::move(best.left);
@@ -39,15 +35,32 @@ class SlotSearch {
     i64 duration = kNever;
     i64 useful = 0;
     std::vector<int> left;
-    std::vector<std::vector<int>> groups;
+    Groups groups;
   };
 
   const Machine& machine_;
   const Sequences& seq_;
 
+  Slot best_slot(const std::vector<int>& left, int effort) const {
+    Slot best;
+    const i64 spread = std::min<i64>(machine_.capacity / 2, 4096);
+    for (i64 target : durations(left, effort)) {
+      for (i64 spread_from : {kNever, spread}) {
+        Slot tried = fill(left, target, spread_from);
+        if (tried.useful > 0 && better(tried, best)) best = std::move(tried);
+        if (enough(best)) return best;
+      }
+    }
+    return best;
+  }
+
+  // Idle time below 1/1024 of the work.
+  bool enough(const Slot& slot) const {
+    return slot.useful > 0 && static_cast<__int128>(slot.duration) * machine_.world - slot.useful < slot.useful / 1024;
+  }
+
   Slot fill(const std::vector<int>& order, i64 target, i64 spread_from) const {
     Slot slot;
-    slot.groups.resize(seq_.count);
     BoardOptions options;
     options.target = target;
     options.barrier = true;
@@ -56,9 +69,7 @@ class SlotSearch {
     slot.left = board.fill(order, slot.groups);
     if (!slot.left.empty() && slot.left.front() == order.front()) return slot;  // the longest must go
     slot.duration = board.most();
-    for (int d : order) {
-      if (!slot.groups[d].empty()) slot.useful += seq_.work[d];
-    }
+    for (int d : slot.groups.sequences) slot.useful += seq_.work[d];
     return slot;
   }
 
@@ -93,23 +104,14 @@ class SlotSearch {
       for (i64 permille : {1, 4, 10, 20, 40}) targets.push_back(average / k + average / k / 1000 * permille);
     }
     std::erase_if(targets, [&](i64 t) { return t < shortest; });
-    std::sort(targets.begin(), targets.end());
-    targets.erase(std::unique(targets.begin(), targets.end()), targets.end());
-    const std::size_t limit = static_cast<std::size_t>(std::max(1, effort));
-    if (targets.size() > limit) {
-      std::vector<i64> some;
-      for (std::size_t i = 0; i < limit; ++i) some.push_back(targets[i * (targets.size() - 1) / std::max<std::size_t>(1, limit - 1)]);
-      targets = some;
-    }
+    std::reverse(targets.begin(), targets.end());
+    (void)effort;
     return targets;
   }
 };
 
 inline Assignment plan_slot(const Machine& machine, const Sequences& seq, int effort) {
-  SlotSearch search(machine, seq);
-  Assignment best = search.run(kNever, effort);
-  Assignment spread = search.run(std::min<i64>(machine.capacity / 2, 4096), effort);
-  return spread.makespan < best.makespan ? spread : best;
+  return SlotSearch(machine, seq).run(effort);
 }
 
 }  // namespace planner

@@ -16,13 +16,17 @@ class Ordering {
 
   // `in_order_from`: sequences of `shared` from there on run after all whole sequences of their ranks that are longer.
   void run(const std::vector<int>& shared, std::size_t in_order_from) {
+    const Groups& groups = plan_.groups;
     plan_.slots.assign(seq_.count, -1);
+    for (std::size_t i = 0; i < groups.size(); ++i) {
+      group_[groups.sequences[i]] = {groups.ranks.data() + groups.offsets[i], groups.ranks.data() + groups.offsets[i + 1]};
+    }
     for (int d = 0; d < seq_.count; ++d) {
-      if (plan_.groups[d].size() == 1) whole_[plan_.groups[d][0]].push_back(d);
+      if (group_[d].size() == 1) whole_[group_[d].front()].push_back(d);
     }
     for (std::size_t i = 0; i < shared.size(); ++i) {
       if (i >= in_order_from) {
-        for (int r : plan_.groups[shared[i]]) pack(r, kNever, shared[i]);
+        for (int r : group_[shared[i]]) pack(r, kNever, shared[i]);
       }
       if (!join(shared[i])) open(shared[i]);
     }
@@ -37,21 +41,22 @@ class Ordering {
   std::vector<i64> ready_, next_;
   std::vector<int> last_;  // the shared sequence that a rank ran last, if nothing followed
   std::vector<std::vector<int>> whole_;
+  std::vector<Members> group_ = std::vector<Members>(seq_.count);
   std::vector<i64> held_ = std::vector<i64>(seq_.count, 0);  // tokens of the fullest member in the slot that d opened
   std::vector<int> opener_ = std::vector<int>(seq_.count, -1);
 
-  i64 part(int d) const { return ceil_div(seq_.length[d], static_cast<i64>(plan_.groups[d].size())); }
+  i64 part(int d) const { return ceil_div(seq_.length[d], static_cast<i64>(group_[d].size())); }
 
   i64 ticks(int d) const {
-    const auto& g = plan_.groups[d];
+    const Members g = group_[d];
     return share(machine_, seq_, d, g.size(), g.front() / machine_.node != g.back() / machine_.node);
   }
 
   // Into the slot of the sequence before it, if that has the same group and room.
   bool join(int d) {
-    const auto& group = plan_.groups[d];
-    const int before = last_[group[0]];
-    if (before < 0 || plan_.groups[before] != group) return false;
+    const Members group = group_[d];
+    const int before = last_[group.front()];
+    if (before < 0 || !(group_[before] == group)) return false;
     for (int r : group) {
       if (last_[r] != before) return false;
     }
@@ -64,12 +69,12 @@ class Ordering {
 
   void open(int d) {
     i64 start = 0, slot = 0;
-    for (int r : plan_.groups[d]) start = std::max(start, ready_[r]);
-    for (int r : plan_.groups[d]) {
+    for (int r : group_[d]) start = std::max(start, ready_[r]);
+    for (int r : group_[d]) {
       if (start > ready_[r]) pack(r, start - ready_[r], seq_.count);
       slot = std::max(slot, next_[r]);
     }
-    for (int r : plan_.groups[d]) ready_[r] = start;
+    for (int r : group_[d]) ready_[r] = start;
     held_[d] = part(d);
     take(d, d, slot);
   }
@@ -78,7 +83,7 @@ class Ordering {
     const i64 cost = ticks(d);
     plan_.slots[d] = slot;
     opener_[d] = opener;
-    for (int r : plan_.groups[d]) {
+    for (int r : group_[d]) {
       ready_[r] += cost;
       next_[r] = slot + 1;
       last_[r] = d;
@@ -88,7 +93,7 @@ class Ordering {
   // Whole sequences of rank r before number `before`, longest first, as far as `gap` ticks allow: first fit into
   // micro-batches.
   void pack(int r, i64 gap, int before) {
-    if (whole_[r].empty() || whole_[r].front() >= before) return;
+    if (whole_[r].empty() || whole_[r].front() >= before || seq_.work[whole_[r].back()] > gap) return;
     std::vector<int> later;
     std::vector<i64> room;
     std::size_t open_from = 0;
@@ -174,7 +179,6 @@ class StepSearch {
     options.in_order = !(variant & 2);
     options.wide_groups = variant & 1;
     Assignment plan;
-    plan.groups.resize(seq_.count);
     Board board(machine_, seq_, options);
     board.fill(order_, plan.groups);
     const std::size_t in_order_from = options.in_order ? board.before_level : board.shared.size();
