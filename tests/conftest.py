@@ -1,0 +1,75 @@
+"""Fixtures of all tests: ranks that are started once a module, and the table of exactness errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+EXACTNESS = "exactness"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--exactness", metavar="FILE", help="write the error of every exactness case to FILE ('-': show it)"
+    )
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Callable[[int], object]]:
+    """``ranks(n)``: n real ranks (see ``harness.Ranks``), shared by the tests of a module; new ones if a test lost them."""
+    from harness import Ranks
+
+    groups: dict[int, Ranks] = {}
+
+    def get(world_size: int) -> Ranks:
+        if world_size in groups and not groups[world_size].alive:
+            groups.pop(world_size).close()
+        if world_size not in groups:
+            groups[world_size] = Ranks(world_size)
+        return groups[world_size]
+
+    yield get
+    for group in groups.values():
+        group.close()
+
+
+@pytest.fixture
+def exactness(record_property: Callable[[str, object], None]) -> Callable[[str, float, str], None]:
+    """``exactness(case, error, parameter)``: notes a case's worst error for the table at the end."""
+
+    def record(case: str, error: float, parameter: str) -> None:
+        record_property(EXACTNESS, (case, error, parameter))
+
+    return record
+
+
+class _Table:
+    """Rows arrive with the reports, so they are complete under pytest-xdist too."""
+
+    def __init__(self, target: str | None) -> None:
+        self.target = target
+        self.rows: list[tuple[str, float, str]] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call":
+            self.rows += [tuple(value) for name, value in report.user_properties if name == EXACTNESS]  # type: ignore[misc]
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.rows:
+            return
+        lines = [f"{case:<60} {error:.2e}  {parameter}" for case, error, parameter in sorted(self.rows)]
+        if self.target == "-":
+            terminalreporter.write_sep("-", "exactness: largest relative error of a gradient, by case")
+            terminalreporter.write_line("\n".join(lines))
+        elif self.target:
+            Path(self.target).write_text("\n".join(lines) + "\n")
+        case, error, parameter = max(self.rows, key=lambda row: row[1])
+        terminalreporter.write_line(
+            f"exactness: {len(self.rows)} cases, largest error {error:.2e} ({case}, {parameter})"
+        )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Table(config.getoption("--exactness")), "exactness-table")

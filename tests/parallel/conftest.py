@@ -1,0 +1,5 @@
+"""The fork server imports torch and transformers while the tests are being collected."""
+
+from harness import start_server
+
+start_server()
