@@ -98,7 +98,8 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
-    skipped, lengths, largest, any_labels = Skipped(), [], -1, False
+    skipped, largest, any_labels = Skipped(), -1, False
+    lengths: list[int] = []
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     began, told = time.monotonic(), time.monotonic()
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "labels.bin").open("wb") as labels:

@@ -57,8 +57,8 @@ def draw_loss(
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.grid(axis="y", color="#e4e6ec", linewidth=0.8)
     axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    for edge in ("top", "right"):
+        axes.spines[edge].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
     figure.tight_layout()
     figure.savefig(path)

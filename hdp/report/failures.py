@@ -13,10 +13,12 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
+GRACE = 1.0  # seconds that rank 0 leaves the others to meet the same error, before the launcher ends them
 PATIENCE = 15.0  # seconds that a rank waits to be ended by the launcher before it tells its own error
 
 
@@ -26,7 +28,9 @@ def launch(main: Callable[[], object]) -> None:
     Errors that a user can mend (ValueError, OSError and ImportError raised by ``hdp`` or the script itself) are told in
     one line, by rank 0 where all ranks met them; ``HDP_TRACEBACK=1`` shows where they come from. Everything else keeps
     its traceback and names its rank. Under torchrun the error is also the one that its closing table shows.
+    Warnings of ``hdp`` are one line each, too.
     """
+    warnings.formatwarning = _format_warning
     try:
         main()
     except Exception as error:
@@ -36,8 +40,20 @@ def launch(main: Callable[[], object]) -> None:
         os._exit(1)  # not sys.exit: threads and process groups of a failed job may never end
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if category.__module__.startswith("hdp."):
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def _tell(error: Exception) -> None:
     rank = int(os.environ.get("RANK", "0"))
+    if _is_about_a_rank(error):
+        _record(f"error: {error}")
+        _say(f"error: {error}", error)
+        return
     if not _is_users(error):
         _record(f"{type(error).__name__}: {error}")
         lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
@@ -47,10 +63,21 @@ def _tell(error: Exception) -> None:
     if rank != 0:
         _wait_for_the_end()
     _record(f"error: {error}")
-    prefix = f"[rank {rank}] " if rank else ""
+    _say(f"[rank {rank}] error: {error}" if rank else f"error: {error}", error)
+    if rank == 0 and os.environ.get("WORLD_SIZE", "1") != "1":
+        time.sleep(GRACE)
+
+
+def _say(line: str, error: Exception) -> None:
     if os.environ.get("HDP_TRACEBACK"):
         print("".join(traceback.format_exception(error)), file=sys.stderr)
-    print(f"{prefix}error: {error}", file=sys.stderr)
+    print(line, file=sys.stderr)
+
+
+def _is_about_a_rank(error: Exception) -> bool:
+    """A peer that was lost, a plan that differs: such messages name their rank, and every rank tells its own."""
+    errors = sys.modules.get("hdp.parallel.errors")
+    return errors is not None and isinstance(error, errors.HdpError)
 
 
 def _is_users(error: Exception) -> bool:
@@ -81,13 +108,17 @@ def _is_ours(file: Path) -> bool:
 
 def _wait_for_the_end() -> None:
     """Until the launcher ends this rank because rank 0 has failed, at most :data:`PATIENCE` seconds."""
+    _record("ended because rank 0 failed", later=1)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
     time.sleep(PATIENCE)
 
 
-def _record(message: str) -> None:
-    """Hands the message to torchrun, which shows it in its closing table."""
+def _record(message: str, *, later: int = 0) -> None:
+    """Hands the message to torchrun, whose closing table shows the earliest one as the root cause.
+
+    ``later``: seconds added to the time, for what only follows from another failure.
+    """
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        record = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
-        Path(file).write_text(json.dumps(record))
+        when = str(int(time.time()) + later)
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": {"timestamp": when}}}))

@@ -83,7 +83,7 @@ class Run:
             "label_tokens": result.label_tokens,
             "documents": len(batch.plan.lengths),
             "seconds": result.seconds,
-            "tokens_per_second": result.tokens / result.seconds,
+            "tokens_per_second": result.tokens / result.seconds if result.seconds else 0.0,
             "imbalance": result.imbalance,
             "waiting_share": result.waiting_share,
             "groups": batch.plan.describe_groups(),

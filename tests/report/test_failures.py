@@ -82,3 +82,16 @@ def test_torchrun_is_told_the_same_line(tmp_path):
 
 def test_success_ends_with_0(tmp_path):
     assert run(tmp_path, "pass") == (0, "")
+
+
+def test_what_is_about_a_rank_is_told_by_it_at_once(tmp_path):
+    body = "from hdp.parallel.errors import PeerError; raise PeerError('rank 2 lost rank 0')"
+    code, errors = run(tmp_path, body, rank=2, patience=60)
+    assert code == 1 and errors.splitlines() == ["error: rank 2 lost rank 0"]
+
+
+def test_warnings_of_the_library_are_one_line(tmp_path):
+    body = "import warnings; from hdp.data.problems import warn; warn('left out 2'); warnings.warn('of others')"
+    code, errors = run(tmp_path, body)
+    assert code == 0 and errors.splitlines()[0] == "warning: left out 2"
+    assert errors.splitlines()[1].endswith("UserWarning: of others")
