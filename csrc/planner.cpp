@@ -41,14 +41,14 @@ planner::Sequences sequences(const Array& terms) {
 }
 
 py::tuple solve(const Array& terms, int world, int node, i64 capacity, i64 latency_within, i64 latency_across,
-                const std::string& regime, int effort) {
+                i64 constant, const std::string& regime, int effort) {
   if (world < 1 || node < 1 || capacity < 1) throw std::invalid_argument("world, node and capacity must be at least 1");
   const planner::Sequences seq = sequences(terms);
   planner::Machine machine{world, node, capacity, {latency_within, latency_across}};
   planner::Assignment plan;
   {
     py::gil_scoped_release release;
-    plan = regime == "slot" ? planner::plan_slot(machine, seq, effort) : planner::plan_step(machine, seq, effort);
+    plan = regime == "slot" ? planner::plan_slot(machine, seq, constant, effort) : planner::plan_step(machine, seq, effort);
   }
   Array offsets(seq.count + 1), slots(seq.count);
   const planner::Groups& groups = plan.groups;
@@ -72,7 +72,7 @@ py::tuple solve(const Array& terms, int world, int node, i64 capacity, i64 laten
 PYBIND11_MODULE(_planner, m) {
   m.doc() = "Search of the planner auto: terms of sequences in, slots and groups out. Integers throughout.";
   m.def("solve", &solve, py::arg("terms"), py::arg("world"), py::arg("node"), py::arg("capacity"),
-        py::arg("latency_within"), py::arg("latency_across"), py::arg("regime"), py::arg("effort"),
+        py::arg("latency_within"), py::arg("latency_across"), py::arg("constant"), py::arg("regime"), py::arg("effort"),
         "Slots [sequences], group offsets [sequences + 1], group ranks and the makespan in ticks. `terms`: int64 [9, "
         "sequences], longest first.");
 }

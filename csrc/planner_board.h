@@ -23,8 +23,6 @@ struct BoardOptions {
 };
 
 class Board {
-  static constexpr int kMostFailures = 4;  // sequences left over in a row before the next that costs less is looked for
-
  public:
   Board(const Machine& machine, const Sequences& seq, const BoardOptions& options)
       : machine_(machine),
@@ -37,22 +35,24 @@ class Board {
         node_most_(machine.nodes(), 0),
         node_tokens_(machine.nodes(), 0) {}
 
-  // Places the sequences of `order` (ascending, so longest first); returns those left over, in order.
-  std::vector<int> fill(const std::vector<int>& order, Groups& groups) {
-    std::vector<int> wide, inside, whole, left;
+  // Places the sequences of `order` (ascending, so longest first). In regime slot some may find no place.
+  void fill(const std::vector<int>& order, Groups& groups) {
     const i64 size = machine_.largest();
-    for (int d : order) {
+    // Whole sequences are the tail of the order: both work and smallest group fall with the length.
+    const auto whole = std::partition_point(order.begin(), order.end(), [&](int d) {
+      return seq_.smallest[d] > 1 || seq_.work[d] > options_.target || (size > 1 && seq_.length[d] >= options_.spread_from);
+    });
+    std::vector<int> inside;
+    for (auto it = order.begin(); it != whole; ++it) {
+      const int d = *it;
       const bool fits_rank = seq_.smallest[d] <= 1 && seq_.work[d] <= options_.target;
       if (seq_.smallest[d] > size || (!fits_rank && share(machine_, seq_, d, size, 0) > options_.target)) {
-        wide.push_back(d);
-      } else if (!fits_rank || (size > 1 && seq_.length[d] >= options_.spread_from)) {
-        inside.push_back(d);
+        settle(d, place_wide(d, options_.target), groups);
       } else {
-        whole.push_back(d);
+        inside.push_back(d);
       }
     }
-    for (int d : wide) settle(d, place_wide(d, options_.target), groups, left);
-    for (int d : inside) settle(d, place_inside(d), groups, left);
+    for (int d : inside) settle(d, place_inside(d), groups);
     charge_waits_ = options_.in_order && !options_.barrier;
     before_level = shared.size();
     // What a rank waits for its sharers can hold whole sequences.
@@ -61,9 +61,7 @@ class Board {
       node_sum_[r / machine_.node] -= waited_[r];
     }
     std::fill(waited_.begin(), waited_.end(), 0);
-    place_whole(whole, groups, left);
-    std::sort(left.begin(), left.end());
-    return left;
+    place_whole(&*order.begin() + (whole - order.begin()), &*order.begin() + order.size(), groups);
   }
 
   i64 most() const { return *std::max_element(load.begin(), load.end()); }
@@ -85,6 +83,7 @@ class Board {
   BoardOptions options_;
   bool charge_waits_ = !options_.barrier;
   i64 cursor_ = 0;  // ranks below have a sequence of their own
+  int levels_left_ = 64;  // regime slot: sequences that could not be levelled before the search for that ends
   int spreads_left_ = 1024;  // budget of searches over the whole world
   std::vector<int> by_load_;
 
@@ -134,15 +133,13 @@ class Board {
     return a.finish < b.finish;
   }
 
-  // Puts `d` where `choice` says; in regime slot only if that keeps the target.
-  void settle(int d, Choice choice, Groups& groups, std::vector<int>& left) {
-    if (choice.ranks.empty() || (options_.barrier && !choice.feasible)) {
-      left.push_back(d);
-      return;
-    }
+  // Puts `d` where `choice` says; in regime slot only if that keeps the target. Whether it was put.
+  bool settle(int d, Choice choice, Groups& groups) {
+    if (choice.ranks.empty() || (options_.barrier && !choice.feasible)) return false;
     std::sort(choice.ranks.begin(), choice.ranks.end());
     put(d, choice.ranks, share(machine_, seq_, d, choice.ranks.size(), across(choice.ranks)));
     groups.add(d, choice.ranks.data(), choice.ranks.size());
+    return true;
   }
 
   // Windows of m whole nodes for a few m from the fewest that keep the target to the most that hide the ring.
@@ -309,51 +306,51 @@ class Board {
   }
 
   // Longest first on the least loaded rank. Ranks without room for a sequence wait aside until shorter ones come.
-  void place_whole(const std::vector<int>& whole, Groups& groups, std::vector<int>& left) {
-    Heap ranks;
+  void place_whole(const int* d, const int* end, Groups& groups) {
+    std::vector<Entry> entries(machine_.world);
+    for (int r = 0; r < machine_.world; ++r) entries[r] = {load[r], r};
+    Heap ranks(std::greater<Entry>(), std::move(entries));
     std::priority_queue<Entry> aside;  // by room
-    for (int r = 0; r < machine_.world; ++r) ranks.push({load[r], r});
-    int failures = 0;
-    for (std::size_t i = 0; i < whole.size(); ++i) {
-      const int d = whole[i];
-      while (!aside.empty() && aside.top().first >= seq_.length[d]) {
+    while (d != end) {
+      while (!aside.empty() && aside.top().first >= seq_.length[*d]) {
         const int r = aside.top().second;
         aside.pop();
         ranks.push({load[r], r});
       }
-      int rank = -1;
-      while (!ranks.empty()) {
-        const auto [ticks, r] = ranks.top();
-        if (ticks != load[r]) {
-          ranks.pop();
-          ranks.push({load[r], r});
-        } else if (options_.barrier && tokens[r] + seq_.length[d] > machine_.capacity) {
-          ranks.pop();
-          aside.push({machine_.capacity - tokens[r], r});
-        } else {
-          rank = r;
-          break;
-        }
-      }
-      if (rank >= 0 && load[rank] + seq_.work[d] <= options_.target) {
-        put_whole(d, rank);
-        groups.add(d, &rank, 1);
+      const int rank = least_loaded(*d, ranks, aside);
+      if (rank >= 0 && load[rank] + seq_.work[*d] <= options_.target) {
+        put_whole(*d, rank);
+        groups.add(*d, &rank, 1);
+        ++d;
         continue;
       }
-      const std::size_t before = left.size();
-      if (failures < kMostFailures) settle(d, level(d, rank, ranks), groups, left);
-      else left.push_back(d);
-      if (left.size() == before) continue;
-      // Left over. Nothing that costs as much will fit: on to the first sequence that the least loaded rank can take.
-      if (++failures < kMostFailures) continue;
-      failures = 0;
+      if (levels_left_ > 0 && settle(*d, level(*d, rank, ranks), groups)) {
+        ++d;
+        continue;
+      }
+      if (options_.barrier) --levels_left_;
+      if (levels_left_ > 0 && seq_.work[*d] >= options_.target / 512) {
+        ++d;
+        continue;
+      }
+      // No room for anything that costs as much: on to the first sequence that the least loaded rank can take.
       const i64 room = rank >= 0 ? options_.target - load[rank] : -1;
-      const auto next = std::partition_point(whole.begin() + i + 1, whole.end(), [&](int e) {
+      d = std::partition_point(d + 1, end, [&](int e) {
         return rank >= 0 ? seq_.work[e] > room : aside.empty() || seq_.length[e] > aside.top().first;
       });
-      left.insert(left.end(), whole.begin() + i + 1, next);
-      i = static_cast<std::size_t>(next - whole.begin()) - 1;
     }
+  }
+
+  // The least loaded rank with room for the tokens of `d`, or -1.
+  int least_loaded(int d, Heap& ranks, std::priority_queue<Entry>& aside) const {
+    while (!ranks.empty()) {
+      const auto [ticks, r] = ranks.top();
+      if (ticks == load[r] && (!options_.barrier || tokens[r] + seq_.length[d] <= machine_.capacity)) return r;
+      ranks.pop();
+      if (ticks != load[r]) ranks.push({load[r], r});
+      else aside.push({machine_.capacity - tokens[r], r});
+    }
+    return -1;
   }
 
   void put_whole(int d, int r) {

@@ -8,7 +8,8 @@ namespace planner {
 
 class SlotSearch {
  public:
-  SlotSearch(const Machine& machine, const Sequences& seq) : machine_(machine), seq_(seq) {}
+  SlotSearch(const Machine& machine, const Sequences& seq, i64 constant)
+      : machine_(machine), seq_(seq), constant_(constant) {}
 
   Assignment run(int effort) {
     Assignment plan;
@@ -25,7 +26,7 @@ class SlotSearch {
         plan.groups.add(d, best.groups.ranks.data() + first, best.groups.offsets[i + 1] - first);
       }
       plan.makespan += best.duration;
-      left = std::move(best.left);
+      std::erase_if(left, [&](int d) { return plan.slots[d] >= 0; });
     }
     return plan;
   }
@@ -34,30 +35,31 @@ class SlotSearch {
   struct Slot {
     i64 duration = kNever;
     i64 useful = 0;
-    std::vector<int> left;
     Groups groups;
   };
 
   const Machine& machine_;
   const Sequences& seq_;
+  i64 constant_;  // ticks of one micro-batch whatever it holds
 
+  // Durations in turn, each first with the fewest shared sequences, then with many. The more were tried, the sooner one
+  // is good enough: idle time of 1/512 of the work at first, eight times that after a dozen.
   Slot best_slot(const std::vector<int>& left, int effort) const {
     Slot best;
-    const i64 spread = std::min<i64>(machine_.capacity / 2, 4096);
-    for (i64 target : durations(left, effort)) {
-      for (i64 spread_from : {kNever, spread}) {
-        Slot tried = fill(left, target, spread_from);
-        if (tried.useful > 0 && better(tried, best)) best = std::move(tried);
-        if (enough(best)) return best;
+    int tried = 0;
+    for (i64 target : durations(left)) {
+      for (i64 spread_from : {kNever, spread_from_}) {
+        Slot slot = fill(left, target, spread_from);
+        if (slot.useful > 0 && better(slot, best)) best = std::move(slot);
+        ++tried;
+        if (best.useful > 0 && idle(best) * 512 < static_cast<__int128>(best.useful) * (1 + tried / 2)) return best;
       }
+      if (tried >= effort && best.useful > 0) break;
     }
     return best;
   }
 
-  // Idle time below 1/1024 of the work.
-  bool enough(const Slot& slot) const {
-    return slot.useful > 0 && static_cast<__int128>(slot.duration) * machine_.world - slot.useful < slot.useful / 1024;
-  }
+  __int128 idle(const Slot& slot) const { return static_cast<__int128>(slot.duration) * machine_.world - slot.useful; }
 
   Slot fill(const std::vector<int>& order, i64 target, i64 spread_from) const {
     Slot slot;
@@ -66,52 +68,60 @@ class SlotSearch {
     options.barrier = true;
     options.spread_from = spread_from;
     Board board(machine_, seq_, options);
-    slot.left = board.fill(order, slot.groups);
-    if (!slot.left.empty() && slot.left.front() == order.front()) return slot;  // the longest must go
-    slot.duration = board.most();
-    for (int d : slot.groups.sequences) slot.useful += seq_.work[d];
+    board.fill(order, slot.groups);
+    const auto& placed = slot.groups.sequences;
+    if (std::find(placed.begin(), placed.end(), order.front()) == placed.end()) return slot;  // the longest must go
+    slot.duration = board.most() + constant_;
+    for (int d : placed) slot.useful += seq_.work[d];
     return slot;
   }
 
   bool better(const Slot& a, const Slot& b) const {
     if (b.useful == 0) return true;
-    const __int128 idle_a = static_cast<__int128>(a.duration) * machine_.world - a.useful;
-    const __int128 idle_b = static_cast<__int128>(b.duration) * machine_.world - b.useful;
-    const __int128 left = idle_a * b.useful, right = idle_b * a.useful;
+    const __int128 left = idle(a) * b.useful, right = idle(b) * a.useful;
     return left != right ? left < right : a.useful > b.useful;
   }
 
-  std::vector<i64> durations(const std::vector<int>& left, int effort) const {
+  // Durations to try: an equal part of all that is left, for the fewest slots that its tokens need and a few more; and what
+  // the longest sequence takes on groups of several sizes.
+  std::vector<i64> durations(const std::vector<int>& left) const {
     const int d = left.front();
     const i64 size = machine_.largest(), world = machine_.world, low = std::max<i64>(1, seq_.smallest[d]);
-    std::vector<i64> targets;
-    i64 shortest = kNever;
-    for (i64 n = low; n <= size; n = n * 3 / 2 + 1) targets.push_back(share(machine_, seq_, d, n, 0));
-    if (low <= size) targets.push_back(share(machine_, seq_, d, size, 0));
+    std::vector<i64> shares;
+    if (low <= size) shares.push_back(share(machine_, seq_, d, size, 0));
+    for (i64 n = low; n < size; n = n * 3 / 2 + 1) shares.push_back(share(machine_, seq_, d, n, 0));
     const i64 most = std::min<i64>(world, std::max<i64>(low, 4 * most_hidden(machine_, seq_, d, world, 1)));
-    for (i64 n = std::max<i64>(low, size + 1); n <= most; n = n * 5 / 4 + machine_.node) {
-      const i64 whole_nodes = std::min<i64>(world, ceil_div(n, machine_.node) * machine_.node);
-      targets.push_back(share(machine_, seq_, d, whole_nodes, 1));
+    if (most > size) shares.push_back(share(machine_, seq_, d, most, 1));
+    for (i64 n = std::max<i64>(low, size + 1); n < most; n = n * 5 / 4 + machine_.node) {
+      shares.push_back(share(machine_, seq_, d, std::min(world, ceil_div(n, machine_.node) * machine_.node), 1));
     }
-    if (most > size) targets.push_back(share(machine_, seq_, d, most, 1));
-    for (i64 t : targets) shortest = std::min(shortest, t);
+    const i64 shortest = *std::min_element(shares.begin(), shares.end());
     __int128 work = 0, tokens = 0;
     for (int e : left) work += seq_.work[e], tokens += seq_.length[e];
-    const i64 average = static_cast<i64>(work / world) + 1;
-    const i64 fewest_slots = static_cast<i64>((tokens + static_cast<__int128>(machine_.capacity) * world - 1) /
-                                              (static_cast<__int128>(machine_.capacity) * world));
-    for (i64 k = fewest_slots; k < fewest_slots + 3; ++k) {
-      for (i64 permille : {1, 4, 10, 20, 40}) targets.push_back(average / k + average / k / 1000 * permille);
+    const __int128 room = static_cast<__int128>(machine_.capacity) * world;
+    const i64 average = static_cast<i64>(work / world) + 1, slots = static_cast<i64>((tokens + room - 1) / room);
+    std::vector<i64> targets;
+    for (i64 permille : {1, 5, 15, 40}) {
+      for (i64 k = slots; k < slots + 3; ++k) {
+        const i64 target = average / k + average / k / 1000 * permille;
+        if (target >= shortest) targets.push_back(target);
+      }
     }
-    std::erase_if(targets, [&](i64 t) { return t < shortest; });
-    std::reverse(targets.begin(), targets.end());
-    (void)effort;
-    return targets;
+    std::sort(shares.begin(), shares.end());
+    // Alternate, so that either kind comes early.
+    std::vector<i64> mixed;
+    for (std::size_t i = 0; i < std::max(targets.size(), shares.size()); ++i) {
+      if (i < targets.size()) mixed.push_back(targets[i]);
+      if (i < shares.size()) mixed.push_back(shares[i]);
+    }
+    return mixed;
   }
+
+  i64 spread_from_ = std::min<i64>(machine_.capacity / 2, 4096);
 };
 
-inline Assignment plan_slot(const Machine& machine, const Sequences& seq, int effort) {
-  return SlotSearch(machine, seq).run(effort);
+inline Assignment plan_slot(const Machine& machine, const Sequences& seq, i64 constant, int effort) {
+  return SlotSearch(machine, seq, constant).run(effort);
 }
 
 }  // namespace planner

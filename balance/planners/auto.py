@@ -22,8 +22,9 @@ def terms(problem: Problem, order: IntArray) -> IntArray:
     """What the search reads: int64 [9, sequences of ``order``], see ``csrc/planner.cpp``."""
     costs = problem.costs
     lengths = costs.lengths[order]
-    # A micro-batch's constant is shared by its tokens: what a full one costs, per token.
-    linear = costs.linear[order] + costs.constant * lengths // problem.capacity
+    # Ranks that run freely pay a micro-batch's constant by the tokens that fill it; in regime slot all pay it at once.
+    constant = costs.constant if problem.regime == "step" else 0
+    linear = costs.linear[order] + constant * lengths // problem.capacity
     rows = [lengths, smallest_groups(problem, lengths), linear, *costs.attention[:, order]]
     rows += [costs.ring[0, 0][order], costs.ring[0, 1][order], costs.ring[1, 0][order], costs.ring[1, 1][order]]
     return np.ascontiguousarray(np.stack(rows), dtype=np.int64)
@@ -49,6 +50,7 @@ def make(problem: Problem, name: str) -> Plan:
         topology.ranks_per_node,
         problem.capacity,
         *problem.costs.latency,
+        problem.costs.constant,
         problem.regime,
         effort,
     )
