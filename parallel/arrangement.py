@@ -52,15 +52,25 @@ class Work:
     """Gradients are reduced, layer by layer, in its backward."""
     gathers: bool = False
     """Parameters are gathered, layer by layer, in its forward (they were not gathered before the step)."""
+    is_last: bool = False
+    """It is the last of its step on this rank."""
 
 
 def works(plan: Plan, rank: int, arrangement: Arrangement) -> list[Work]:
-    """What ``rank`` runs in one step, in order. A rank without a micro-batch runs a dummy, so that it takes part."""
+    """What ``rank`` runs in one step, in order. A rank without a micro-batch runs a dummy, so that it takes part.
+
+    Regime ``slot``: every slot gathers and reduces by itself, so any order that all ranks keep is free of circles.
+    """
+    if plan.regime == "slot":
+        last = plan.slot_count - 1
+        return [
+            Work(micro_batch=mb, reduces=True, gathers=True, is_last=mb.slot == last) for mb in plan.micro_batches(rank)
+        ]
     micro_batches: list[MicroBatch | None] = list(plan.micro_batches(rank))
     if arrangement.closing or not micro_batches:
         micro_batches.append(None)
     last = len(micro_batches) - 1
-    return [Work(micro_batch=mb, reduces=i == last) for i, mb in enumerate(micro_batches)]
+    return [Work(micro_batch=mb, reduces=i == last, is_last=i == last) for i, mb in enumerate(micro_batches)]
 
 
 Meeting = tuple[str, tuple[int, ...]]  # what it is, and the ranks that must be there

@@ -10,13 +10,12 @@ import contextlib
 import logging
 import math
 import time
-import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hdp.balance.plan import Plan
 from hdp.parallel.arrangement import Arrangement, Work, arrange, works
 from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch, build_inputs
 from hdp.parallel.errors import PeerError
@@ -37,6 +36,7 @@ class Engine:
     """
 
     regime = "step"
+    """``"step"``: ranks run different numbers of micro-batches. ``"slot"``: all run the same number."""
 
     def __init__(self, model: nn.Module, world: World) -> None:
         check_attention(model)
@@ -83,13 +83,13 @@ class Engine:
     ) -> float:
         """Mean loss over the label tokens of ``documents``, spread over all ranks. nan if they have none."""
         tokens_per_step = tokens_per_step or 4 * capacity * self.world.world_size
-        options = {"tokens_per_step": tokens_per_step, "capacity": capacity, "planner": planner, "seed": None}
+        options = {"tokens_per_step": tokens_per_step, "capacity": capacity, "planner": planner, "regime": self.regime}
         was_training = self.model.training
         self.model.eval()
         total, weight = 0.0, 0.0
         try:
             with self._guarded("evaluation"):
-                for batch in Loader(documents, self.world, **options):
+                for batch in Loader(documents, self.world, seed=None, **options):
                     total += self._evaluate_batch(batch)
                     weight += batch.loss_weight
         finally:
@@ -103,8 +103,9 @@ class Engine:
 
     # ------------------------------------------------------------ for subclasses
 
-    def _arrange(self, batch: PlannedBatch) -> Arrangement:
-        return arrange(batch.plan)
+    def _works(self, plan: Plan) -> list[Work]:
+        """This rank's micro-batches of one step, in order."""
+        return works(plan, self.world.rank, arrange(plan))
 
     def _begin(self) -> None:
         """Before the first micro-batch of a step."""
@@ -127,7 +128,7 @@ class Engine:
         spans: list[Span] = []
         self._begin()
         total = 0.0
-        for work in works(batch.plan, world.rank, self._arrange(batch)):
+        for work in self._works(batch.plan):
             slot = -1 if work.micro_batch is None else work.micro_batch.slot
             inputs = build_inputs(batch, work.micro_batch, world.runtime, world.device, cache)
             start = time.perf_counter()
@@ -135,7 +136,7 @@ class Engine:
             world.guard.enter(f"step {batch.step}, slot {slot}, forward")
             loss = self._loss(inputs)
             world.guard.enter(f"step {batch.step}, slot {slot}, backward")
-            (loss / batch.loss_weight).backward()
+            self._backward(loss / batch.loss_weight)
             total += float(loss.detach())
             stop = time.perf_counter()
             spans.append(self._span(slot, "compute", start - begin, stop - begin, inputs.sequences))
@@ -177,16 +178,22 @@ class Engine:
         """Summed loss of this rank's part of the micro-batch."""
         from hdp.attention.huggingface import planned_mask
 
-        with hidden_instead_of_logits(self.head):
-            output = self.model(
+        with loss_instead_of_logits(self.head, inputs.labels, inputs.weights):
+            output = self._module()(
                 input_ids=inputs.input_ids.unsqueeze(0),
                 position_ids=inputs.position_ids.unsqueeze(0),
                 attention_mask=planned_mask(self.world.device),
                 use_cache=False,
                 hdp_route=inputs.route,
             )
-        hidden = output.logits if hasattr(output, "logits") else output[0]
-        return loss_sum(hidden[0], self.head.weight, self.head.bias, inputs.labels, inputs.weights)
+        return output.logits if hasattr(output, "logits") else output[0]
+
+    def _module(self) -> nn.Module:
+        """What is called: the model, or the wrapper whose forward it must go through."""
+        return self.model
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     # ------------------------------------------------------------ errors
 
@@ -254,17 +261,17 @@ def output_head(model: nn.Module) -> nn.Linear:
 
 
 @contextlib.contextmanager
-def hidden_instead_of_logits(head: nn.Module) -> Iterator[None]:
-    """Inside, the head hands its input on, so that the fused loss can compute logits chunk by chunk."""
-    head.forward = _identity  # type: ignore[method-assign]
+def loss_instead_of_logits(head: nn.Module, labels: Tensor, weights: Tensor | None) -> Iterator[None]:
+    """Inside, the head returns the summed loss in place of logits, which are then never whole in memory.
+
+    It happens inside the head's own forward, so that whatever gathers its weight (FSDP, ZeRO-3) has done so.
+    """
+
+    def forward(hidden: Tensor) -> Tensor:
+        return loss_sum(hidden.flatten(0, -2), head.weight, head.bias, labels, weights)
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
     try:
-        with warnings.catch_warnings():
-            # FSDP2 warns that the hidden states are a view; nothing here changes them in place.
-            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-            yield
+        yield
     finally:
         del head.forward
-
-
-def _identity(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden

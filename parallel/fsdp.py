@@ -1,4 +1,8 @@
-"""FSDP2, regime ``step``: parameters are gathered once a step and gradients reduced once, in each rank's last micro-batch.
+"""FSDP2 in both regimes.
+
+``step``: parameters are gathered once a step and gradients reduced once, in each rank's last micro-batch; ranks run different
+numbers of micro-batches. Costs full parameters and gradients on every rank. ``slot``: parameters are gathered and gradients
+reduced layer by layer in every micro-batch, for models that do not fit otherwise; every rank runs the same number.
 
 [Note: hangs] Sharing a sequence between ranks while FSDP gathers or reduces per layer can hang: a rank waits in attention
 for one that waits in a collective. So all parameters are gathered, in one fixed order, before the first micro-batch, and
@@ -22,6 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
+from hdp.balance.plan import REGIMES
 from hdp.parallel.arrangement import Work
 from hdp.parallel.engine import Engine
 from hdp.parallel.world import World
@@ -30,10 +35,9 @@ from hdp.parallel.world import World
 class FSDPEngine(Engine):
     """See the module. Made by :func:`shard`."""
 
-    regime = "step"
-
-    def __init__(self, model: nn.Module, world: World) -> None:
+    def __init__(self, model: nn.Module, world: World, regime: str = "step") -> None:
         super().__init__(model, world)
+        self.regime = regime
         self.modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
         reduce_scatter = _TimedReduceScatter(self.waits)
         for module in self.modules:
@@ -47,12 +51,16 @@ class FSDPEngine(Engine):
         return self.modules[0]
 
     def _begin(self) -> None:
+        if self.regime == "slot":
+            return
         start = time.perf_counter()
         for module in self.modules:
             module.unshard()
         self.waits.append((start, time.perf_counter()))
 
     def _before(self, work: Work) -> None:
+        if self.regime == "slot":
+            return
         self.root.set_requires_gradient_sync(work.reduces)
         self.root.set_reshard_after_backward(work.reduces)
 
@@ -86,6 +94,7 @@ def shard(
     model: nn.Module,
     world: World,
     *,
+    regime: str = "step",
     layers: Iterable[nn.Module] | None = None,
     mesh: DeviceMesh | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
@@ -95,23 +104,26 @@ def shard(
     Args:
         model: parameters in fp32 (or with ``mp_policy``); moved to this rank's device.
         world: from ``hdp.init``.
+        regime: ``"step"`` or ``"slot"``, see the module; batches must be planned for the same.
         layers: modules to wrap one by one; None: the decoder layers, found by transformers' own list of modules that must
             not be split, or as the members of the longest ``nn.ModuleList``.
         mesh: None: one dimension over all ranks.
         mp_policy: FSDP2's mixed precision; gradients are reduced in fp32 unless it says otherwise.
 
     Raises:
-        ValueError: attention that is not hdp's, no layers found, a model without output head.
+        ValueError: an unknown regime, attention that is not hdp's, no layers found, a model without output head.
     """
+    if regime not in REGIMES:
+        raise ValueError(f"unknown regime {regime!r}: choose one of {', '.join(REGIMES)}")
     model.to(world.device)
     if mesh is None:
         mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("hdp",))
-    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": False}
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": regime == "slot"}
     options["mp_policy"] = mp_policy or MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for layer in list(layers) if layers is not None else find_layers(model):
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    return FSDPEngine(model, world)
+    return FSDPEngine(model, world, regime)
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,82 @@
+"""DistributedDataParallel, regime ``step``: gradients stay local until each rank's last micro-batch.
+
+With ``torch.distributed.optim.ZeroRedundancyOptimizer`` as the optimizer this is ZeRO-1, which is how ByteScale trains
+(section 1.3): parameters and gradients on every rank, optimizer states sharded.
+
+DDP's all-reduces run beside the backward pass and are waited for at its end, so a rank never stands in one while another
+waits for it in attention: no closing micro-batch is needed.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hdp.balance.plan import Plan
+from hdp.parallel.arrangement import Arrangement, Work, works
+from hdp.parallel.batch import MicroBatchInputs
+from hdp.parallel.engine import Engine
+from hdp.parallel.world import World
+
+
+class DDPEngine(Engine):
+    """See the module. Made by :func:`replicate`."""
+
+    regime = "step"
+
+    def __init__(self, model: nn.Module, world: World, wrapper: DistributedDataParallel) -> None:
+        super().__init__(model, world)
+        self.wrapper = wrapper
+        self._reduces = True
+        wrapper.register_comm_hook(None, sum_bucket)
+
+    def _works(self, plan: Plan) -> list[Work]:
+        return works(plan, self.world.rank, Arrangement(closing=False))
+
+    def _module(self) -> nn.Module:
+        return self.wrapper if torch.is_grad_enabled() else self.model
+
+    def _before(self, work: Work) -> None:
+        self._reduces = work.reduces
+
+    def _sync(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._reduces else self.wrapper.no_sync()
+
+    def _loss(self, inputs: MicroBatchInputs) -> Tensor:
+        with self._sync():  # DDP decides in forward whether the next backward reduces
+            return super()._loss(inputs)
+
+    def _backward(self, loss: Tensor) -> None:
+        with self._sync():
+            loss.backward()
+
+
+def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = True, bucket_mb: int = 25) -> DDPEngine:
+    """Wraps ``model`` with DistributedDataParallel and returns the engine that trains it.
+
+    Args:
+        model: moved to this rank's device; its parameters are made equal on all ranks (rank 0's).
+        find_unused_parameters: needed when some parameter may get no gradient on some rank (mixtures of experts, ranks that
+            run only a dummy); costs a walk of the graph in the last micro-batch.
+        bucket_mb: size of DDP's buckets.
+    """
+    model.to(world.device)
+    wrapper = DistributedDataParallel(
+        model,
+        device_ids=[world.device] if world.device.type == "cuda" else None,
+        forward_sync_buffers=False,  # ranks run different numbers of forwards
+        find_unused_parameters=find_unused_parameters,
+        gradient_as_bucket_view=True,
+        bucket_cap_mb=bucket_mb,
+    )
+    return DDPEngine(model, world, wrapper)
+
+
+def sum_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """DDP communication hook: the sum over ranks, where DDP would average. The loss is divided beforehand."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])
