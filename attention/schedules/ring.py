@@ -6,7 +6,8 @@ that no member further along the ring looks at (sliding window, the last chunk o
 Backward turns round, as in Transformer Engine: a chunk sets out from the last member that it reached in forward, which
 kept it, so the gradients of keys and values set out at once and are home after size - 1 hops instead of size. At step ``t``
 member ``m`` computes with the block of ``m + 1 + t`` and, one step later, sends that block's gradients on to ``m - 1``;
-keys and values need size - 2 hops, since their owner has them.
+keys and values need size - 2 hops at most, since their owner has them, and stop at the last member that looks at them: of a
+causal zigzag layout a quarter of them need not travel at all.
 
 The same ring runs between nodes under :mod:`hdp.attention.schedules.hybrid`: a block is then what a node owns.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 from hdp.attention.layout import Layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount, Heads, Kind, RankProgram, Step, Tile, Transfer, Value
-from hdp.attention.schedules.sight import Sight, send
+from hdp.attention.schedules.sight import Hops, Sight, send
 
 
 def forward(layout: Layout, mask: Mask, heads: HeadCount, member: int) -> RankProgram:
@@ -49,24 +50,24 @@ class Ring:
         self.sight = Sight(layout, mask, width)
         self.member, self.place, self.width = member, member // width, width
         self.queries = queries if queries is not None else (0, heads.query)
-        self.keys = heads.keys_for(self.queries)
+        self.keys = heads.keys_for(self.queries) if self.queries[0] < self.queries[1] else (0, 0)
 
     def forward_steps(self) -> tuple[Step, ...]:
         steps = []
         for hop in range(self.sight.places):
             # This member holds the block `hop` behind it; the one before it holds the block one further back.
-            sends = self._transfer(Kind.KV, hop, hop + 1, peer=1)
-            receives = self._transfer(Kind.KV, hop + 1, hop + 1, peer=-1)
+            sends = self._onward(hop, hop + 1, peer=1)
+            receives = self._onward(hop + 1, hop + 1, peer=-1)
             steps.append(Step(sends=sends, receives=receives, tiles=self._tiles(hop)))
         return tuple(steps)
 
     def backward_steps(self) -> tuple[Step, ...]:
         steps = []
         for hop in reversed(range(self.sight.places)):
-            sends = self._transfer(Kind.KV, hop, hop, peer=-1) if hop > 1 else ()
-            receives = self._transfer(Kind.KV, hop - 1, hop, peer=1) if hop > 1 else ()
-            sends += self._transfer(Kind.DKV, hop + 1, hop + 1, peer=-1)
-            receives += self._transfer(Kind.DKV, hop, hop + 1, peer=1)
+            sends = self._inputs_back(hop, hop, peer=-1)
+            receives = self._inputs_back(hop - 1, hop, peer=1)
+            sends += self._sums_back(hop + 1, hop + 1, peer=-1)
+            receives += self._sums_back(hop, hop + 1, peer=1)
             steps.append(Step(sends=sends, receives=receives, tiles=self._tiles(hop)))
         return tuple(steps)
 
@@ -74,7 +75,7 @@ class Ring:
         """Chunks whose way in forward ends here."""
         values = []
         for hop in range(1, self.sight.places):
-            chunks = tuple(c for c in self._chunks(hop) if self._reach(c) == hop)
+            chunks = tuple(c for c in self._chunks(hop) if self._reach(c)[1] == hop)
             if chunks and self.keys[0] < self.keys[1]:
                 values.append(Value(kind=Kind.KV, chunks=chunks, heads=self.keys))
         return tuple(values)
@@ -82,18 +83,32 @@ class Ring:
     def _tiles(self, hop: int) -> tuple[Tile, ...]:
         return self.sight.tiles(self._chunks(0), self._chunks(hop), self.queries)
 
-    def _transfer(self, kind: Kind, hop: int, travelled: int, peer: int) -> tuple[Transfer, ...]:
-        """Chunks of the block ``hop`` behind that ever travel as far as ``travelled`` hops, to or from a neighbour."""
-        if travelled >= self.sight.places:
-            return ()
-        other = (self.member + peer * self.width) % self.sight.layout.size
-        ending = tuple(c for c in self._chunks(hop) if self._reach(c) == travelled)
-        onward = tuple(c for c in self._chunks(hop) if self._reach(c) > travelled)
+    def _onward(self, hop: int, travelled: int, peer: int) -> tuple[Transfer, ...]:
+        """Chunks of the block ``hop`` behind that travel as far as ``travelled`` hops, to or from a neighbour."""
+        ending = tuple(c for c in self._chunks(hop) if self._reach(c)[1] == travelled)
+        onward = tuple(c for c in self._chunks(hop) if self._reach(c)[1] > travelled)
         # Apart, so that what is kept at the end of its way is a whole message.
-        return send(kind, onward, self.keys, other) + send(kind, ending, self.keys, other)
+        return self._send(Kind.KV, onward, peer) + self._send(Kind.KV, ending, peer)
+
+    def _inputs_back(self, hop: int, start: int, peer: int) -> tuple[Transfer, ...]:
+        """Chunks of the block ``hop`` behind that go from place ``start`` to ``start`` - 1 and are looked at there or later."""
+        if start < 2:
+            return ()
+        chunks = tuple(c for c in self._chunks(hop) if self._reach(c)[0] < start <= self._reach(c)[1])
+        return self._send(Kind.KV, chunks, peer)
+
+    def _sums_back(self, hop: int, start: int, peer: int) -> tuple[Transfer, ...]:
+        """Gradients of the block ``hop`` behind that go from place ``start`` to ``start`` - 1."""
+        if start >= self.sight.places:
+            return ()
+        return self._send(Kind.DKV, tuple(c for c in self._chunks(hop) if self._reach(c)[1] >= start), peer)
+
+    def _send(self, kind: Kind, chunks: tuple[int, ...], peer: int) -> tuple[Transfer, ...]:
+        return send(kind, chunks, self.keys, (self.member + peer * self.width) % self.sight.layout.size)
 
     def _chunks(self, hop: int) -> tuple[int, ...]:
         return self.sight.chunks((self.place - hop) % self.sight.places)
 
-    def _reach(self, chunk: int) -> int:
-        return self.sight.hops(chunk, 1, is_key=True)[1]
+    def _reach(self, chunk: int) -> Hops:
+        """First and last hop at which a place looks at a chunk."""
+        return self.sight.hops(chunk, 1, is_key=True)
