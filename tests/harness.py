@@ -29,9 +29,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported, here and in the fork server: ranks share the cores, and a pool of threads does not survive a fork.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+from torch.distributed import TCPStore
 
 PRELOAD = [
     "transformers.models.llama.modeling_llama",
@@ -43,11 +41,6 @@ PRELOAD = [
     "hypothesis",
     "pytest",
 ]
-
-import torch
-from torch.distributed import TCPStore
-
-torch.set_num_threads(1)
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 GRACE = 15.0
