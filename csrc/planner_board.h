@@ -32,6 +32,7 @@ class Board {
         tokens(machine.world, 0),
         waited_(machine.world, 0),
         node_sum_(machine.nodes(), 0),
+        node_average_(machine.nodes(), 0),
         node_most_(machine.nodes(), 0),
         node_tokens_(machine.nodes(), 0) {}
 
@@ -52,7 +53,14 @@ class Board {
         inside.push_back(d);
       }
     }
-    for (int d : inside) settle(d, place_inside(d), groups);
+    for (auto d = inside.begin(); d != inside.end();) {
+      const bool put = settle(*d, place_inside(*d), groups);
+      ++d;
+      if (put || !options_.barrier) continue;
+      // No node has that much room: on to the first sequence for which one has.
+      const i64 room = options_.target - *std::min_element(node_average_.begin(), node_average_.end());
+      d = std::partition_point(d, inside.end(), [&](int e) { return share(machine_, seq_, e, size, 0) > room; });
+    }
     charge_waits_ = options_.in_order && !options_.barrier;
     before_level = shared.size();
     // What a rank waits for its sharers can hold whole sequences.
@@ -61,6 +69,7 @@ class Board {
       node_sum_[r / machine_.node] -= waited_[r];
     }
     std::fill(waited_.begin(), waited_.end(), 0);
+    for (int v = 0; v < machine_.nodes(); ++v) average(v);
     place_whole(&*order.begin() + (whole - order.begin()), &*order.begin() + order.size(), groups);
   }
 
@@ -76,6 +85,7 @@ class Board {
     i64 waste = kNever;
     i64 start = kNever;
     bool feasible = false;
+    int first = 0, count = 0;  // consecutive ranks, until they are listed
   };
 
   const Machine& machine_;
@@ -84,8 +94,9 @@ class Board {
   bool charge_waits_ = !options_.barrier;
   i64 cursor_ = 0;  // ranks below have a sequence of their own
   int levels_left_ = 64;  // regime slot: sequences that could not be levelled before the search for that ends
-  int spreads_left_ = 1024;  // budget of searches over the whole world
+  int spreads_left_ = options_.barrier ? 16 : 256;  // budget of searches over the whole world
   std::vector<int> by_load_;
+  std::vector<i64> most_tokens_, sums_;  // over the first of some ranks
 
  public:
   std::vector<i64> load;    // ticks of each rank
@@ -95,7 +106,7 @@ class Board {
 
  private:
   std::vector<i64> waited_;  // until the last shared sequence of each rank began
-  std::vector<i64> node_sum_, node_most_, node_tokens_;
+  std::vector<i64> node_sum_, node_average_, node_most_, node_tokens_;
 
   void put(int d, const Ranks& ranks, i64 ticks) {
     const i64 n = static_cast<i64>(ranks.size());
@@ -116,8 +127,13 @@ class Board {
       node_most_[v] = std::max(node_most_[v], load[r]);
       node_tokens_[v] = std::max(node_tokens_[v], tokens[r]);
     }
+    for (i64 m = 0; m < n; m += 1) {
+      if (m + 1 == n || ranks[m + 1] / machine_.node != ranks[m] / machine_.node) average(ranks[m] / machine_.node);
+    }
     if (n > 1) shared.push_back(d);
   }
+
+  void average(int v) { node_average_[v] = node_sum_[v] / (machine_.end(v) - machine_.begin(v)); }
 
   int across(const Ranks& ranks) const {
     return ranks.front() / machine_.node != ranks.back() / machine_.node;
@@ -151,12 +167,11 @@ class Board {
     if (fewest_ranks > world) return {};
     // A sequence that fills its ranks to more than half of the target takes the next untouched ranks, as few as it needs.
     if (cursor_ + fewest_ranks <= world && share(machine_, seq_, d, fewest_ranks, 1) > target / 2) {
-      Choice choice;
-      for (i64 r = cursor_; r < cursor_ + fewest_ranks; ++r) choice.ranks.push_back(static_cast<int>(r));
-      measure(d, choice, 0, 0, target);
+      Choice choice = measure(d, fewest_ranks, 1, 0, 0, target);
+      choice.first = static_cast<int>(cursor_), choice.count = static_cast<int>(fewest_ranks);
       if (choice.feasible) {
         cursor_ += fewest_ranks;
-        return choice;
+        return filled(std::move(choice));
       }
     }
     cursor_ = world;
@@ -166,9 +181,15 @@ class Board {
     Choice best;
     for (i64 m = first; m <= std::min<i64>(last, machine_.nodes()); m += stride) {
       Choice found = window(d, static_cast<int>(m), target);
-      if (!found.ranks.empty() && (best.ranks.empty() || better(found, best))) best = std::move(found);
+      if (found.count > 0 && (best.count == 0 || better(found, best))) best = found;
     }
-    return best;
+    return filled(std::move(best));
+  }
+
+  static Choice filled(Choice choice) {
+    choice.ranks.resize(choice.count);
+    std::iota(choice.ranks.begin(), choice.ranks.end(), choice.first);
+    return choice;
   }
 
   // The window of m nodes that is free first; among those the one with the least waiting.
@@ -197,19 +218,20 @@ class Board {
       sum -= node_sum_[first];
     }
     if (best_v < 0) return {};
-    Choice choice;
-    for (int r = machine_.begin(best_v); r < machine_.end(best_v + m - 1); ++r) choice.ranks.push_back(r);
-    measure(d, choice, best_start, options_.barrier ? 0 : best_wait, target);
+    const int first = machine_.begin(best_v), end = machine_.end(best_v + m - 1);
+    Choice choice = measure(d, end - first, m > 1, best_start, options_.barrier ? 0 : best_wait, target);
+    choice.first = first, choice.count = end - first;
     return choice;
   }
 
-  void measure(int d, Choice& choice, i64 start, i64 wait, i64 target) const {
-    const i64 n = static_cast<i64>(choice.ranks.size());
-    const i64 ticks = share(machine_, seq_, d, n, n > 1 && across(choice.ranks));
+  Choice measure(int d, i64 size, int spans, i64 start, i64 wait, i64 target) const {
+    const i64 ticks = share(machine_, seq_, d, size, spans);
+    Choice choice;
     choice.start = start;
     choice.finish = start + ticks;
-    choice.waste = wait + n * ticks - seq_.work[d];
+    choice.waste = wait + size * ticks - seq_.work[d];
     choice.feasible = choice.finish <= target;
+    return choice;
   }
 
   // Tokens that one micro-batch with a share of `d` may hold (more than the capacity only for an offloaded share).
@@ -221,12 +243,13 @@ class Board {
   Choice place_inside(int d) {
     int best_v = -1;
     i64 best_load = kNever;
+    const i64 part = ceil_div(seq_.length[d], machine_.node), room = room_of(d);
     for (int v = 0; v < machine_.nodes(); ++v) {
+      if (node_average_[v] >= best_load) continue;
       const i64 n = machine_.end(v) - machine_.begin(v);
       if (n < seq_.smallest[d]) continue;
-      if (options_.barrier && node_tokens_[v] + ceil_div(seq_.length[d], n) > room_of(d)) continue;
-      const i64 average = node_sum_[v] / n;
-      if (average < best_load) best_load = average, best_v = v;
+      if (options_.barrier && node_tokens_[v] + (n == machine_.node ? part : ceil_div(seq_.length[d], n)) > room) continue;
+      if (node_average_[v] < best_load) best_load = node_average_[v], best_v = v;
     }
     Choice choice = best_v < 0 ? Choice{} : inside(d, best_v, hidden_inside(d));
     if (choice.feasible) return choice;
@@ -244,29 +267,33 @@ class Board {
     Ranks ranks(machine_.end(v) - machine_.begin(v));
     std::iota(ranks.begin(), ranks.end(), machine_.begin(v));
     std::sort(ranks.begin(), ranks.end(), [&](int a, int b) { return std::pair(load[a], a) < std::pair(load[b], b); });
-    const i64 size = static_cast<i64>(ranks.size());
-    Choice best;
-    const i64 low = std::max<i64>(2, seq_.smallest[d]);
-    const i64 preferred = options_.barrier ? low : std::max(low, std::min(n, size));
-    for (i64 k = size; k >= low; --k) {
-      if (k < preferred && best.feasible) break;
-      Choice choice;
-      choice.ranks.assign(ranks.begin(), ranks.begin() + k);
-      if (!tokens_fit(d, choice.ranks)) continue;
-      i64 wait = 0;
-      for (int r : choice.ranks) wait += load[ranks[k - 1]] - load[r];
-      measure(d, choice, load[ranks[k - 1]], options_.barrier ? 0 : wait, options_.target);
-      // Evenly loaded nodes take later sequences better than one rank filled to the brim.
-      choice.waste += size * choice.finish / 64;
-      if (best.ranks.empty() || better(choice, best)) best = std::move(choice);
-    }
-    return best;
+    return over_first(d, ranks, std::min<i64>(n, static_cast<i64>(ranks.size())), 1, 0);
   }
 
-  bool tokens_fit(int d, const Ranks& ranks) const {
-    if (!options_.barrier) return true;
-    const i64 part = ceil_div(seq_.length[d], static_cast<i64>(ranks.size()));
-    return std::all_of(ranks.begin(), ranks.end(), [&](int r) { return tokens[r] + part <= room_of(d); });
+  // The best size of a group made of the first of `ranks`, which ascend by load: sizes from `preferred` on, smaller ones
+  // only if none of those keeps the target.
+  Choice over_first(int d, const Ranks& ranks, i64 preferred, i64 stride, int spans) {
+    const i64 size = static_cast<i64>(ranks.size()), low = std::max<i64>(2, seq_.smallest[d]), room = room_of(d);
+    most_tokens_.resize(size + 1);
+    sums_.resize(size + 1);
+    most_tokens_[0] = sums_[0] = 0;
+    for (i64 k = 0; k < size; ++k) {
+      most_tokens_[k + 1] = std::max(most_tokens_[k], tokens[ranks[k]]);
+      sums_[k + 1] = sums_[k] + load[ranks[k]];
+    }
+    Choice best;
+    i64 best_size = 0;
+    for (i64 k = size; k >= low; k -= stride) {
+      if (k < preferred && best.feasible) break;
+      if (options_.barrier && most_tokens_[k] + ceil_div(seq_.length[d], k) > room) continue;
+      const i64 start = load[ranks[k - 1]];
+      Choice choice = measure(d, k, spans, start, options_.barrier ? 0 : start * k - sums_[k], options_.target);
+      // Evenly loaded nodes take later sequences better than one rank filled to the brim.
+      if (!spans) choice.waste += size * choice.finish / 64;
+      if (best_size == 0 || better(choice, best)) best = choice, best_size = k;
+    }
+    best.ranks.assign(ranks.begin(), ranks.begin() + best_size);
+    return best;
   }
 
   i64 widest(int d) const {
@@ -282,27 +309,14 @@ class Board {
     std::iota(by_load_.begin(), by_load_.end(), 0);
     const auto lighter = [&](int a, int b) { return std::pair(load[a], a) < std::pair(load[b], b); };
     std::partial_sort(by_load_.begin(), by_load_.begin() + widest(d), by_load_.end(), lighter);
-    return spread_over(d, widest(d));
+    by_load_.resize(widest(d));
+    return spread_over(d);
   }
 
   // Over the first few of `by_load_`.
-  Choice spread_over(int d, i64 high) {
-    const i64 low = std::max<i64>(2, seq_.smallest[d]);
-    Choice best;
-    i64 sum = 0;
-    const i64 stride = std::max<i64>(1, (high - low) / 16);
-    for (i64 k = 1; k <= high; ++k) {
-      sum += load[by_load_[k - 1]];
-      if (k < low || (k - low) % stride) continue;
-      Choice choice;
-      choice.ranks.assign(by_load_.begin(), by_load_.begin() + k);
-      if (!tokens_fit(d, choice.ranks)) continue;
-      std::sort(choice.ranks.begin(), choice.ranks.end());
-      const i64 start = load[by_load_[k - 1]];
-      measure(d, choice, start, options_.barrier ? 0 : start * k - sum, options_.target);
-      if (best.ranks.empty() || better(choice, best)) best = std::move(choice);
-    }
-    return best;
+  Choice spread_over(int d) {
+    const i64 size = static_cast<i64>(by_load_.size()), low = std::max<i64>(2, seq_.smallest[d]);
+    return over_first(d, by_load_, low, std::max<i64>(1, (size - low) / 16), 1);
   }
 
   // Longest first on the least loaded rank. Ranks without room for a sequence wait aside until shorter ones come.
@@ -358,6 +372,7 @@ class Board {
     load[r] += seq_.work[d];
     tokens[r] += seq_.length[d];
     node_sum_[v] += seq_.work[d];
+    node_average_[v] += seq_.work[d] / machine_.node;
     node_most_[v] = std::max(node_most_[v], load[r]);
     node_tokens_[v] = std::max(node_tokens_[v], tokens[r]);
   }
@@ -366,8 +381,8 @@ class Board {
   Choice level(int d, int rank, Heap& ranks) {
     Choice best;
     if (rank >= 0) {
+      best = measure(d, 1, 0, load[rank], 0, options_.target);
       best.ranks = {rank};
-      measure(d, best, load[rank], 0, options_.target);
     }
     if (seq_.work[d] < options_.target / 512) return best;
     Choice inside_node = machine_.largest() > 1 ? place_level_inside(d) : Choice{};
@@ -382,7 +397,7 @@ class Board {
       else ranks.push({load[r], r});
     }
     for (int r : by_load_) ranks.push({load[r], r});
-    Choice world = spread_over(d, static_cast<i64>(by_load_.size()));
+    Choice world = spread_over(d);
     if (!world.ranks.empty() && (best.ranks.empty() || better(world, best))) best = std::move(world);
     return best;
   }
@@ -391,8 +406,7 @@ class Board {
     int best_v = -1;
     i64 best_load = kNever;
     for (int v = 0; v < machine_.nodes(); ++v) {
-      const i64 average = node_sum_[v] / (machine_.end(v) - machine_.begin(v));
-      if (average < best_load) best_load = average, best_v = v;
+      if (node_average_[v] < best_load) best_load = node_average_[v], best_v = v;
     }
     return inside(d, best_v, 2);
   }
