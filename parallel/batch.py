@@ -40,7 +40,9 @@ class PlannedBatch:
     label_tokens: int
     """Tokens of the whole global batch that have a label."""
     loss_weight: float
-    """What the summed loss is divided by: label tokens, or their summed weights."""
+    """What the summed loss is divided by: label tokens or their summed weights; documents, if each counts alike."""
+    reduction: str = "token"
+    """``"token"``: every label token counts alike. ``"sample"``: every document does, however long it is."""
 
     @property
     def tokens(self) -> int:
@@ -57,8 +59,13 @@ class Fields:
     weights: Tensor | None
 
 
-def read_document(documents: Documents, index: int) -> Fields:
+REDUCTIONS = ("token", "sample")
+
+
+def read_document(documents: Documents, index: int, reduction: str = "token") -> Fields:
     """Reads one document and shifts its labels, before anything is sharded.
+
+    With ``reduction="sample"`` the weights of its label tokens are scaled to add up to 1.
 
     Raises:
         ValueError: token ids that are not one-dimensional integers, or labels of another length.
@@ -77,11 +84,18 @@ def read_document(documents: Documents, index: int) -> Fields:
     for name, tensor in (("labels", labels), ("loss_weights", weights)):
         if tensor is not None and tensor.shape != ids.shape:
             raise ValueError(f"document {index}: {name} has shape {tuple(tensor.shape)}, its tokens {tuple(ids.shape)}")
-    return Fields(
-        input_ids=ids,
-        labels=_shift(labels, IGNORE_INDEX),
-        weights=None if weights is None else _shift(weights, 0.0),
-    )
+    labels = _shift(labels, IGNORE_INDEX)
+    weights = None if weights is None else _shift(weights, 0.0)
+    if reduction == "sample":
+        weights = _per_sample(labels, weights)
+    return Fields(input_ids=ids, labels=labels, weights=weights)
+
+
+def _per_sample(labels: Tensor, weights: Tensor | None) -> Tensor:
+    counted = (labels != IGNORE_INDEX).to(torch.float64)
+    if weights is not None:
+        counted = counted * weights
+    return (counted / counted.sum().clamp_min(torch.finfo(torch.float64).tiny)).to(torch.float32)
 
 
 def _shift(tensor: Tensor, fill: float) -> Tensor:
@@ -121,7 +135,7 @@ def build_inputs(
     routes = []
     for shard in shards:
         if shard.sequence not in cache:
-            cache[shard.sequence] = read_document(batch.documents, batch.indices[shard.sequence])
+            cache[shard.sequence] = read_document(batch.documents, batch.indices[shard.sequence], batch.reduction)
         fields = cache[shard.sequence]
         if len(fields.input_ids) != shard.length:
             raise ValueError(

@@ -79,7 +79,7 @@ class TorchChannel:
             if not mine:
                 continue
             operations = [
-                dist.P2POp(dist.isend if is_send else dist.irecv, tensor, packet.peer, group=lane)
+                dist.P2POp(dist.isend if is_send else dist.irecv, tensor, group=lane, group_peer=packet.peer)
                 for packet, tensor, is_send in mine
             ]
             # A coalesced call returns one work for the whole group; either way all must be waited for.

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hdp.balance.plan import Plan
 from hdp.parallel.arrangement import Arrangement, Work, arrange, works
@@ -98,8 +99,13 @@ class Engine:
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clips gradients by their global norm, over all ranks' shards; returns the norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters()), max_norm)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        norm = global_norm(grads).to(self.world.device)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            local = grad.to_local() if isinstance(grad, DTensor) else grad
+            local.mul_(factor.to(local.dtype))
+        return norm
 
     # ------------------------------------------------------------ for subclasses
 
@@ -219,6 +225,16 @@ class Engine:
                 raise explained from error
             self.world.guard.report(error)
             raise
+
+
+def global_norm(grads: list[Tensor]) -> Tensor:
+    """Euclidean norm of gradients that may be spread over different meshes (FSDP alone, FSDP x tensor parallel)."""
+    meshes: dict[object, list[Tensor]] = {}
+    for grad in grads:
+        meshes.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
+    norms = [torch.nn.utils.get_total_norm(group) for group in meshes.values()]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
 
 
 def _is_communication_error(error: Exception) -> bool:

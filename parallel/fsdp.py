@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
@@ -107,7 +107,8 @@ def shard(
         regime: ``"step"`` or ``"slot"``, see the module; batches must be planned for the same.
         layers: modules to wrap one by one; None: the decoder layers, found by transformers' own list of modules that must
             not be split, or as the members of the longest ``nn.ModuleList``.
-        mesh: None: one dimension over all ranks.
+        mesh: None: parameters are sharded over all ranks that share sequences. A mesh of two dimensions (replicate, shard) over
+            them is HSDP: sharded inside a node, replicated across.
         mp_policy: FSDP2's mixed precision; gradients are reduced in fp32 unless it says otherwise.
 
     Raises:
@@ -117,7 +118,7 @@ def shard(
         raise ValueError(f"unknown regime {regime!r}: choose one of {', '.join(REGIMES)}")
     model.to(world.device)
     if mesh is None:
-        mesh = init_device_mesh(world.device.type, (world.world_size,), mesh_dim_names=("hdp",))
+        mesh = world.mesh["hdp"]
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": regime == "slot"}
     options["mp_policy"] = mp_policy or MixedPrecisionPolicy(reduce_dtype=torch.float32)
     for layer in list(layers) if layers is not None else find_layers(model):

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from hdp.balance import make_plan
 from hdp.balance.plan import Plan
-from hdp.parallel.batch import Documents, PlannedBatch, read_document
+from hdp.parallel.batch import REDUCTIONS, Documents, Fields, PlannedBatch, read_document
 from hdp.parallel.errors import PlanMismatch
 from hdp.parallel.loss import IGNORE_INDEX
 from hdp.parallel.world import World
@@ -36,6 +36,8 @@ class Loader:
         planner: name of a planner (``hdp.balance``), or a function with the signature of ``hdp.balance.make_plan``.
         seed: of the shuffle; None keeps the documents' order.
         steps: batches to yield; None: one epoch.
+        reduction: ``"token"``: the loss is the mean over all label tokens. ``"sample"``: over documents, each counting
+            alike, whatever its number of label tokens.
         start: batches of the same run to skip, for resuming.
         ahead: batches planned in advance, in the background.
         plan_options: handed to the planner.
@@ -56,6 +58,7 @@ class Loader:
         planner: str | Planner = "auto",
         seed: int | None = 0,
         steps: int | None = None,
+        reduction: str = "token",
         start: int = 0,
         ahead: int = 2,
         **plan_options: Any,
@@ -64,7 +67,9 @@ class Loader:
             raise ValueError("no documents: the loader needs at least one")
         if tokens_per_step < 1:
             raise ValueError(f"tokens_per_step is {tokens_per_step}: a step needs at least one token")
-        self.documents, self.world = documents, world
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"unknown reduction {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
+        self.documents, self.world, self.reduction = documents, world, reduction
         self.tokens_per_step, self.capacity, self.planner, self.seed = tokens_per_step, capacity, planner, seed
         self.steps, self.start, self.ahead, self.plan_options = steps, start, max(ahead, 1), plan_options
         self.lengths = document_lengths(documents)
@@ -123,10 +128,12 @@ class Loader:
         return call(lengths, world_size=self.world.world_size, capacity=self.capacity, **make, **self.plan_options)
 
     def _agree(self, step: int, indices: tuple[int, ...], plan: Plan) -> PlannedBatch:
-        return agree(self.world, step, self.documents, indices, plan)
+        return agree(self.world, step, self.documents, indices, plan, self.reduction)
 
 
-def agree(world: World, step: int, documents: Documents, indices: tuple[int, ...], plan: Plan) -> PlannedBatch:
+def agree(
+    world: World, step: int, documents: Documents, indices: tuple[int, ...], plan: Plan, reduction: str = "token"
+) -> PlannedBatch:
     """Compares the plan between ranks and counts its labels: each rank those of the documents that it leads.
 
     Raises:
@@ -135,11 +142,11 @@ def agree(world: World, step: int, documents: Documents, indices: tuple[int, ...
     labels, weight = 0, 0.0
     for sequence in plan.sequences_of(world.rank).tolist():
         if plan.group(sequence)[0] == world.rank:
-            fields = read_document(documents, indices[sequence])
+            fields = read_document(documents, indices[sequence], reduction)
             valid = fields.labels != IGNORE_INDEX
             labels += int(valid.sum())
-            weight += float(valid.sum() if fields.weights is None else (fields.weights * valid).sum())
-    digest = hashlib.sha256(f"{step}:{indices}:{plan.digest}".encode()).digest()
+            weight += _loss_weight(fields, reduction)
+    digest = hashlib.sha256(f"{step}:{indices}:{plan.digest}:{reduction}".encode()).digest()
     mine = torch.tensor([int.from_bytes(digest[:6], "little"), labels, weight], dtype=torch.float64)
     all_ranks = [torch.empty_like(mine) for _ in range(world.world_size)]
     dist.all_gather(all_ranks, mine, group=world.control)
@@ -157,7 +164,17 @@ def agree(world: World, step: int, documents: Documents, indices: tuple[int, ...
         indices=indices,
         label_tokens=int(table[:, 1].sum()),
         loss_weight=float(table[:, 2].sum()),
+        reduction=reduction,
     )
+
+
+def _loss_weight(fields: Fields, reduction: str) -> float:
+    """What one document adds to the divisor of the loss."""
+    valid = fields.labels != IGNORE_INDEX
+    if fields.weights is None:
+        return float(valid.sum())
+    weight = float((fields.weights * valid).sum())
+    return float(weight > 0) if reduction == "sample" else weight
 
 
 def document_lengths(documents: Documents) -> np.ndarray:

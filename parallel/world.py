@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hdp.attention.route import AttentionRuntime
 from hdp.parallel.channel import LANES, TorchChannel
@@ -19,7 +20,9 @@ class World:
     """This rank, its device and its communicators. Made by :func:`init`; usable as a context manager."""
 
     rank: int
+    """Position among the ranks that share sequences; with tensor parallelism, that of this rank's tensor-parallel group."""
     world_size: int
+    """Ranks that share sequences: all ranks divided by ``tensor_parallel``."""
     local_rank: int
     device: torch.device
     timeout: float
@@ -30,6 +33,8 @@ class World:
     runtime: AttentionRuntime
     guard: Guard
     owns_process_group: bool
+    mesh: DeviceMesh
+    """Dimensions ``hdp`` and, with tensor parallelism, ``tp`` (neighbouring ranks)."""
 
     def close(self) -> None:
         """Leaves the job. Only what :func:`init` itself set up is taken down."""
@@ -46,16 +51,24 @@ class World:
         self.close()
 
 
-def init(*, timeout: float = 300.0, backend: str = "auto", device: str | torch.device | None = None) -> World:
+def init(
+    *,
+    timeout: float = 300.0,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    tensor_parallel: int = 1,
+) -> World:
     """Joins the job that torchrun started, or starts one of a single rank.
 
     Args:
         timeout: seconds after which waiting for another rank ends in an error.
         backend: attention backend (see ``hdp.attention.backends``); ``"auto"`` takes the fastest that runs here.
         device: None: this rank's GPU if there is one, else the CPU.
+        tensor_parallel: neighbouring ranks that hold slices of one model; they run the same micro-batches with fewer heads.
+            Split the model with ``parallelize_module(model, world.mesh["tp"], ...)`` before ``hdp.shard``.
 
     Raises:
-        ValueError: a timeout that is not positive, an unknown backend.
+        ValueError: a timeout that is not positive, a tensor_parallel that does not divide the ranks.
     """
     if timeout <= 0:
         raise ValueError(f"timeout is {timeout} s: give the seconds after which a silent rank counts as lost")
@@ -64,10 +77,11 @@ def init(*, timeout: float = 300.0, backend: str = "auto", device: str | torch.d
     owns = not dist.is_initialized()
     if owns:
         _join(place, timeout)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    limit = timedelta(seconds=timeout)
-    control = dist.new_group(backend="gloo", timeout=limit, group_desc="hdp_control")
-    lanes = [dist.new_group(timeout=limit, group_desc=f"hdp_lane{i}") for i in range(LANES)] if world_size > 1 else []
+    total = dist.get_world_size()
+    if tensor_parallel < 1 or total % tensor_parallel:
+        raise ValueError(f"tensor_parallel is {tensor_parallel}: it must divide the {total} ranks of the job")
+    rank, world_size = dist.get_rank() // tensor_parallel, total // tensor_parallel
+    control, lanes = _groups(tensor_parallel, timedelta(seconds=timeout))
     for lane in lanes:  # connects all peers now, not in the middle of the first step
         dist.all_reduce(torch.zeros(1, device=place), group=lane)
     channel = TorchChannel(rank, lanes)
@@ -81,9 +95,33 @@ def init(*, timeout: float = 300.0, backend: str = "auto", device: str | torch.d
         channel=channel,
         control=control,
         runtime=AttentionRuntime(rank, channel, place, backend),
-        guard=Guard(rank, world_size, channel),
+        guard=Guard(dist.get_rank(), total, channel),
         owns_process_group=owns,
+        mesh=_mesh(place, world_size, tensor_parallel),
     )
+
+
+def _mesh(device: torch.device, world_size: int, tensor_parallel: int) -> DeviceMesh:
+    if tensor_parallel == 1:
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("hdp",))
+    return init_device_mesh(device.type, (world_size, tensor_parallel), mesh_dim_names=("hdp", "tp"))
+
+
+def _groups(tensor_parallel: int, limit: timedelta) -> tuple[dist.ProcessGroup, list[dist.ProcessGroup]]:
+    """This rank's control group and lanes. Every rank takes part in making every group, in one order."""
+    total = dist.get_world_size()
+    control, lanes = None, []
+    for slice_ in range(tensor_parallel):
+        ranks = list(range(slice_, total, tensor_parallel))
+        group = dist.new_group(ranks, backend="gloo", timeout=limit, group_desc="hdp_control")
+        if dist.get_rank() in ranks:
+            control = group
+        for lane in range(LANES if len(ranks) > 1 else 0):
+            group = dist.new_group(ranks, timeout=limit, group_desc=f"hdp_lane{lane}")
+            if dist.get_rank() in ranks:
+                lanes.append(group)
+    assert control is not None
+    return control, lanes
 
 
 def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
