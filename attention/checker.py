@@ -7,7 +7,7 @@
 - a member sends, reads and merges only what it has at that moment, and receives no input twice;
 - every send has its receive, in the same step, with the same chunks, heads and lane;
 - an accumulator marked ``final`` is complete when it is sent;
-- backward finds kept only what forward keeps.
+- backward finds kept only what forward keeps, and forward keeps whole messages, as they arrived.
 
 Deadlock freedom of a whole slot is :mod:`hdp.attention.exchange`'s part, bytes and buffers :mod:`hdp.attention.counts`'.
 
@@ -228,6 +228,11 @@ class _Direction:
                 raise ProgramError(
                     f"{self.name}: member {member} keeps {_name(min(missing, key=_order))}, which it never has"
                 )
+            if not self.is_backward:
+                received = {(t.kind, t.chunks, t.heads) for step in program.steps for t in step.receives}
+                for value in program.keep:
+                    if (value.kind, value.chunks, value.heads) not in received:
+                        raise ProgramError(f"{self.name}: member {member} keeps {value}, which is not a whole message")
 
     def _all_pairs(self, cell: Cell) -> int:
         return (self.seen_by_key if cell[0].is_per_key else self.seen_by_query)[cell[1]]

@@ -15,7 +15,6 @@ results are cached; a new case costs some milliseconds, a known one a microsecon
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
@@ -27,7 +26,7 @@ from hdp.attention.schedules import get_pair, get_schedule
 
 LINK_KINDS = ("nic", "peer")
 FORWARD = ("ring", "direct", "token_ring", "all_gather", "all_gather:2", "all_gather:4", "ulysses", "ulysses:2")
-BACKWARD = (*FORWARD, "ring_q")
+BACKWARD = ("ring", "ring_q", *FORWARD[1:])
 SIGNIFICANT_BITS = 5
 REFERENCE_CHUNK = 64  # tokens a chunk at which programs are counted when no window sets a scale
 MARGIN = 1.01
@@ -118,10 +117,16 @@ class Case:
     """Bytes a layer may keep from forward to backward beside a member's own shard; None: any."""
     peak_limit: float | None = None
     """Bytes of buffers that may be held at a time; None: any."""
+    allowed: tuple[str, ...] | None = None
+    """Schedules to choose among; None: all that serve the group."""
 
     def __post_init__(self) -> None:
         if self.nodes is not None and len(self.nodes) != self.size:
             raise ValueError(f"nodes of {len(self.nodes)} members for a group of {self.size}")
+        if self.size < 1 or self.length < 0:
+            raise ValueError(f"cannot choose for {self.length} tokens over {self.size} ranks")
+        for name in self.allowed or ():
+            get_schedule(name)
 
 
 def choose(case: Case) -> Choice:
@@ -174,6 +179,8 @@ def candidates(case: Case, backward: bool) -> list[str]:
     """Names that can serve the group, plain ones first."""
     if case.size == 1:
         return ["local"]
+    if case.allowed is not None:
+        return [name for name in case.allowed if backward or name != "ring_q"]
     names = list(BACKWARD if backward else FORWARD)
     for width in range(2, case.size):
         if case.size % width == 0 and _inside_nodes(case, width):
@@ -230,7 +237,10 @@ def _profile(
     schedule = get_schedule(name)
     program = (schedule.backward if backward else schedule.forward)(layout, mask, heads, member)
     counted = count(program, layout, mask, heads, member, sizes, backward)
-    steps = Counter((s.area, *_loads(s, kind, nodes, member)) for s in counted.steps)
+    steps = Counter(
+        (s.area, _load(s, kind, nodes, member, is_outer=False), _load(s, kind, nodes, member, is_outer=True))
+        for s in counted.steps
+    )
     return _Profile(
         steps=tuple(steps.items()),
         sent_bytes=counted.sent_bytes,
@@ -239,14 +249,13 @@ def _profile(
     )
 
 
-def _loads(step: StepCount, kind: str, nodes: tuple[int, ...] | None, member: int) -> Iterator[int]:
-    """Bytes on the busiest link inside the node and on the busiest one to other nodes, in the busier direction."""
-    for is_outer in (False, True):
-        ways = []
-        for by_peer in (step.sent, step.received):
-            there = [b for p, b in by_peer.items() if (nodes is not None and nodes[p] != nodes[member]) == is_outer]
-            ways.append((sum(there) if kind == "nic" else max(there, default=0)) if there else 0)
-        yield max(ways)
+def _load(step: StepCount, kind: str, nodes: tuple[int, ...] | None, member: int, is_outer: bool) -> int:
+    """Bytes on the busiest link to members of the same node, or of others, in the busier direction."""
+    ways = []
+    for by_peer in (step.sent, step.received):
+        there = [b for p, b in by_peer.items() if (nodes is not None and nodes[p] != nodes[member]) == is_outer]
+        ways.append(sum(there) if kind == "nic" else max(there, default=0))
+    return max(ways)
 
 
 def _seconds(profile: _Profile, case: Case, scale: float, backward: bool) -> float:

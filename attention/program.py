@@ -107,7 +107,7 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """Inputs that stay at a member from forward to backward, apart from its own."""
+    """Inputs that stay at a member from forward to backward, apart from its own: one whole message that it received."""
 
     kind: Kind
     chunks: tuple[int, ...]

@@ -57,20 +57,18 @@ class _Node:
         """Deal out inside the node, the ring, return inside the node."""
         if self.degree == 1:
             return ring
-        first_sends, first_receives, last_sends, last_receives = (), (), (), ()
+        sends: tuple[list[Transfer], list[Transfer]] = [], []
+        receives: tuple[list[Transfer], list[Transfer]] = [], []
         node = self.member - self.member % self.degree
         for offset in range(1, self.degree):
             to = node + (self.member + offset) % self.degree
             source = node + (self.member - offset) % self.degree
-            first_sends += self._deal(inputs, owner=self.member, holder=to, peer=to)
-            first_receives += self._deal(inputs, owner=source, holder=self.member, peer=source)
-            last_sends += self._return(results, owner=to, holder=self.member, peer=to)
-            last_receives += self._return(results, owner=self.member, holder=source, peer=source)
-        return (
-            Step(sends=first_sends, receives=first_receives),
-            *ring,
-            Step(sends=last_sends, receives=last_receives),
-        )
+            sends[0].extend(self._deal(inputs, owner=self.member, holder=to, peer=to))
+            receives[0].extend(self._deal(inputs, owner=source, holder=self.member, peer=source))
+            sends[1].extend(self._return(results, owner=to, holder=self.member, peer=to))
+            receives[1].extend(self._return(results, owner=self.member, holder=source, peer=source))
+        first, last = (Step(sends=tuple(sends[i]), receives=tuple(receives[i])) for i in (0, 1))
+        return (first, *ring, last)
 
     def kept(self) -> tuple[Value, ...]:
         values = []

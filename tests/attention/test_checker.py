@@ -112,6 +112,10 @@ def keeps_what_it_never_has(p: RankProgram) -> RankProgram:
     return replace(p, keep=(*p.keep, Value(kind=Kind.Q, chunks=(0,), heads=(0, 4))))
 
 
+def keeps_half_a_message(p: RankProgram) -> RankProgram:
+    return replace(p, keep=tuple(replace(v, chunks=v.chunks[:1]) for v in p.keep))
+
+
 FORWARD_BREAKS: list[tuple[Broken, str]] = [
     (without_tile, "never meets chunk"),
     (doubled_tile, "is computed twice"),
@@ -129,6 +133,7 @@ FORWARD_BREAKS: list[tuple[Broken, str]] = [
     (chunk_that_does_not_exist, r"chunks \(99,\) are not distinct chunks"),
     (chunk_named_twice, "are not distinct chunks"),
     (heads_that_do_not_exist, r"heads \(0, 9\) of Q are not in 0..4"),
+    (keeps_half_a_message, "which forward does not keep"),
     (keeps_what_it_never_has, "keeps Q of chunk 0, head block 0, which it never has"),
 ]
 
@@ -164,6 +169,14 @@ def test_backward_without_its_kept_block_is_refused() -> None:
     forward = [replace(p, keep=()) for p in programs("ring", layout)]
     with pytest.raises(ProgramError, match=r"expects KV of chunk .*, which forward does not keep"):
         check_sequence(layout, Mask(), HEADS, forward, programs("ring", layout, backward=True))
+
+
+def test_only_whole_messages_are_kept() -> None:
+    """They stay where they arrived: half a message would have to be copied."""
+    layout = make_layout("zigzag", 64, 4)
+    halves = [keeps_half_a_message(p) for p in programs("ring", layout)]
+    with pytest.raises(ProgramError, match="which is not a whole message"):
+        check_sequence(layout, Mask(), HEADS, halves, programs("ring_q", layout, backward=True))
 
 
 def test_a_partial_sum_may_not_travel_as_final() -> None:

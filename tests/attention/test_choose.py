@@ -1,0 +1,192 @@
+"""The choice by cost: each schedule wins where it should, and the answer is pure, stable and keeps its limits."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hdp.attention.choose import Case, Links, Prediction, Rates, candidates, choose, predict
+from hdp.attention.counts import Sizes
+from hdp.attention.mask import Mask
+from hdp.attention.program import HeadCount
+
+LENGTH = 32768
+
+
+def case(
+    *,
+    size: int = 4,
+    heads: tuple[int, int] = (32, 32),
+    kind: str = "nic",
+    communication: float = 1.0,
+    inner: float = 1.0,
+    element: int = 2,
+    **fields: object,
+) -> Case:
+    """A causal case whose ring forward computes for 1 s and sends for ``communication`` s a member."""
+    count = HeadCount(query=heads[0], key=heads[1])
+    block = LENGTH / size * heads[1] * 2 * 64 * element
+    rate = (size - 1) * block / communication
+    return Case(
+        length=LENGTH,
+        size=size,
+        heads=count,
+        sizes=Sizes(head_dim=64, model_bytes=element),
+        links=Links(kind=kind, inner_rate=rate * inner, outer_rate=rate, latency=1e-3),
+        rates=Rates(forward=(f := LENGTH * LENGTH / 2 / size * heads[0]), backward=f / 2.5),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+def block_bytes(c: Case) -> float:
+    return c.length / c.size * c.heads.key * c.sizes.head_dim * 2 * c.sizes.model_bytes
+
+
+def nodes_of(width: int, size: int) -> tuple[int, ...]:
+    return tuple(m // width for m in range(size))
+
+
+MESH = ("ring", "ring_q", "token_ring", "direct")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given_case"),
+    [
+        # Grouped queries over one port: K/V are small, the ring hides them and needs no third party.
+        (("ring", "ring"), case(heads=(32, 8), communication=1)),
+        (("ring", "ring"), case(size=2, heads=(32, 1), communication=0.25)),
+        # Multi-head attention on slow links: moving heads sends 2/size of what the ring sends.
+        (("ulysses:2", "ulysses:2"), case(size=8, communication=4)),
+        # A mesh of links: everybody from everybody at once, in slices of heads.
+        (("all_gather:4", "all_gather:4"), case(heads=(32, 4), kind="peer", communication=4)),
+        # Two sizes of mesh without all-to-all schedules: queries travel for MHA, keys for GQA.
+        (("token_ring", "token_ring"), case(kind="peer", communication=4, element=4, allowed=MESH, kept_limit=0)),
+        (("ring", "ring"), case(heads=(32, 8), kind="peer", communication=4, allowed=("ring", "ring_q", "token_ring"))),
+        # Fast nodes, slow links between them: heads inside, context across.
+        (("hybrid:4", "hybrid:4"), case(size=16, communication=4, inner=8, nodes=nodes_of(4, 16))),
+        # The same with a single key/value head, which is not worth dealing out: two rings.
+        (
+            ("double_ring:4", "double_ring:4"),
+            case(size=8, heads=(4, 1), communication=2, inner=8, nodes=nodes_of(4, 8), kept_limit=0),
+        ),
+        # A narrow window over zigzag shards: blocks go only where they are looked at.
+        (
+            ("direct", "direct"),
+            case(communication=1, mask=Mask(window=512), kept_limit=0, peak_limit=3 * LENGTH / 4 * 32 * 2 * 64 * 2),
+        ),
+    ],
+)
+def test_each_wins_where_it_should(wanted: tuple[str, str], given_case: Case) -> None:
+    assert choose(given_case).names == wanted
+
+
+def test_backward_is_chosen_apart() -> None:
+    """Nothing may be kept, so the ring cannot turn round: queries travel for MHA, keys for grouped queries."""
+    forward, backward = choose(case(size=8, communication=1, element=4, kept_limit=0, allowed=MESH)).names
+    assert (forward, backward) == ("token_ring", "ring_q")
+    assert choose(case(size=8, heads=(32, 4), communication=1, kept_limit=0, allowed=MESH)).names == ("ring", "direct")
+
+
+def test_a_token_ring_pays_for_mha_on_a_mesh_and_not_for_gqa() -> None:
+    """Communication four times computation, 4 members, fp32."""
+
+    def seconds(heads: tuple[int, int], kind: str) -> tuple[float, float]:
+        c = case(heads=heads, kind=kind, communication=4, element=4)
+        token, ring = (predict(name, c, backward=False).seconds for name in ("token_ring", "ring"))
+        return token, ring
+
+    token, ring = seconds((32, 32), "peer")
+    assert ring > 1.25 * token
+    token, ring = seconds((32, 8), "peer")
+    assert token > 2 * ring
+
+
+def test_one_rank_is_local() -> None:
+    chosen = choose(case(size=2, heads=(8, 8)))
+    assert chosen.seconds > 0
+    assert choose(replace(case(), size=1)).names == ("local", "local")
+
+
+def test_the_ring_goes_backward_only_after_itself() -> None:
+    """K/V come from what forward kept: a faster forward of another kind cannot be paired with it."""
+    allowed = ("ring", "token_ring")
+    chosen = choose(case(size=3, communication=1, element=4, allowed=allowed))
+    assert predict("token_ring", case(size=3, element=4), backward=False).seconds < chosen.forward.seconds
+    assert chosen.names == ("ring", "ring")
+
+
+def test_memory_limits_are_kept_or_refused() -> None:
+    free = case(heads=(32, 8), kind="peer", communication=4)
+    limit = 2.1 * block_bytes(free)
+    tight = choose(replace(free, allowed=("all_gather", "direct"), peak_limit=4.6 * block_bytes(free) * 2))
+    assert max(tight.forward.peak_bytes, tight.backward.peak_bytes) <= 9.2 * block_bytes(free)
+    none = choose(replace(free, kept_limit=0))
+    assert none.backward.kept_bytes == 0
+    with pytest.raises(ValueError, match=r"no schedule for about 32768 tokens over 4 ranks keeps within peak_limit"):
+        choose(replace(free, peak_limit=limit / 100))
+
+
+def test_kept_values_count_against_the_limit() -> None:
+    c = case(heads=(32, 8), communication=1)
+    assert choose(c).backward.kept_bytes == pytest.approx(block_bytes(c), rel=0.01)
+    assert choose(replace(c, kept_limit=0.9 * block_bytes(c))).names[1] != "ring"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 8),
+    st.sampled_from([(32, 32), (32, 8), (8, 1)]),
+    st.sampled_from(["nic", "peer"]),
+    st.sampled_from([0.25, 1.0, 4.0]),
+    st.sampled_from([None, 1000]),
+    st.integers(1, 2_000_000),
+)
+def test_nothing_allowed_is_cheaper(
+    size: int, heads: tuple[int, int], kind: str, communication: float, window: int | None, length: int
+) -> None:
+    c = case(size=max(size, 2), heads=heads, kind=kind, communication=communication, mask=Mask(window=window))
+    c = replace(c, length=length if window is None else min(length, 60_000))
+    chosen = choose(c)
+    for name in candidates(c, backward=True):
+        same = replace(c, length=_rounded(c.length))
+        alone: Prediction = predict(name, same, backward=True)
+        first = "ring" if name == "ring_q" else name
+        assert chosen.seconds <= 1.011 * (alone.seconds + predict(first, same, backward=False).seconds)
+
+
+def _rounded(length: int) -> int:
+    shift = max(length.bit_length() - 5, 0)
+    return length >> shift << shift
+
+
+def test_lengths_that_are_nearly_equal_share_one_answer() -> None:
+    c = case(size=8, communication=1)
+    answers = {id(choose(replace(c, length=length))) for length in range(33_000, 33_700)}
+    assert len(answers) == 1
+
+
+def test_more_communication_never_looks_faster() -> None:
+    for name, kind in itertools.product(("ring", "token_ring", "ulysses:2", "all_gather:4", "direct"), ("nic", "peer")):
+        times = [predict(name, case(kind=kind, communication=c), backward=False).seconds for c in (0.1, 0.5, 1, 2, 8)]
+        assert times == sorted(times)
+        assert times[0] >= 0.99
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Links(kind="bus", inner_rate=1, outer_rate=1), "unknown link kind 'bus': choose one of nic, peer"),
+        (lambda: Links(inner_rate=0, outer_rate=1), "link rates must be positive"),
+        (lambda: Rates(forward=1, backward=0), "rates must be positive"),
+        (lambda: case(nodes=(0, 0, 1)), "nodes of 3 members for a group of 4"),
+        (lambda: case(allowed=("rong",)), "unknown attention schedule 'rong'"),
+        (lambda: replace(case(), length=-1), "cannot choose for -1 tokens over 4 ranks"),
+    ],
+)
+def test_nonsense_is_refused(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
