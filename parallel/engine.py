@@ -19,7 +19,6 @@ from torch.distributed.tensor import DTensor
 from hdp.balance.plan import Plan
 from hdp.parallel.arrangement import Arrangement, Work, arrange, works
 from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch, build_inputs
-from hdp.parallel.errors import PeerError
 from hdp.parallel.loader import Loader
 from hdp.parallel.loss import loss_sum
 from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans
@@ -41,6 +40,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         check_attention(model)
+        check_router(model)
         self.model, self.world = model, world
         self.head = output_head(model)
         self.waits: list[tuple[float, float]] = world.channel.waited
@@ -75,7 +75,7 @@ class Engine:
                 busy_seconds=zeros,
                 wait_seconds=zeros,
             )
-        with self._guarded(f"step {batch.step}"):
+        with self.world.guard.watch(f"step {batch.step}"):
             return self._step(batch)
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class Engine:
         self.model.eval()
         total, weight = 0.0, 0.0
         try:
-            with self._guarded("evaluation"):
+            with self.world.guard.watch("evaluation"):
                 for batch in Loader(documents, self.world, seed=None, **options):
                     total += self._evaluate_batch(batch)
                     weight += batch.loss_weight
@@ -213,19 +213,6 @@ class Engine:
                 f"the batch was planned for regime {batch.plan.regime!r}; this engine runs {self.regime!r}"
             )
 
-    @contextlib.contextmanager
-    def _guarded(self, where: str) -> Iterator[None]:
-        self.world.guard.enter(where)
-        try:
-            yield
-        except Exception as error:
-            if _is_communication_error(error):
-                explained = self.world.guard.explain(error)
-                self.world.guard.report(explained)
-                raise explained from error
-            self.world.guard.report(error)
-            raise
-
 
 def global_norm(grads: list[Tensor]) -> Tensor:
     """Euclidean norm of gradients that may be spread over different meshes (FSDP alone, FSDP x tensor parallel)."""
@@ -235,15 +222,6 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     norms = [torch.nn.utils.get_total_norm(group) for group in meshes.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
-
-
-def _is_communication_error(error: Exception) -> bool:
-    if isinstance(error, (PeerError, torch.distributed.DistError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        word in text for word in ("gloo", "nccl", "connection closed", "connection reset", "timed out")
-    )
 
 
 def check_attention(model: nn.Module) -> None:
@@ -257,12 +235,29 @@ def check_attention(model: nn.Module) -> None:
         )
 
 
+def check_router(model: nn.Module) -> None:
+    """Raises ValueError if a mixture of experts asks for its auxiliary loss, which no micro-batch can compute alone."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "output_router_logits", False):
+        raise ValueError(
+            "config.output_router_logits is True: the router's load-balancing loss is a product of means over the whole"
+            " global batch, and transformers would take them over one micro-batch of one rank; set"
+            " config.output_router_logits = False to train without it"
+        )
+
+
 def output_head(model: nn.Module) -> nn.Linear:
     """The linear layer that makes logits. Raises ValueError if there is none that the fused loss can stand in for."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else getattr(model, "lm_head", None)
     if head is None or not hasattr(head, "weight"):
         raise ValueError(
             f"{type(model).__name__} has no output head (get_output_embeddings() or lm_head) to compute a loss from"
+        )
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise ValueError(
+            f"the output head is wrapped by peft ({type(head).__name__}): the fused loss reads its weight and would pass the"
+            " adapter by; leave lm_head out of target_modules and modules_to_save"
         )
     config = getattr(model, "config", None)
     for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
