@@ -7,6 +7,7 @@ tensors are cut into pieces of about 1 MB, because one large send and one large 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,8 @@ class TorchChannel:
         self.messages = 0
         self.where = "outside a step"
         """What the rank is doing, for error messages; the engine keeps it up to date."""
+        self.is_waiting = False
+        """Whether the rank is blocked in a transfer just now."""
         self._grouped = bool(lanes) and dist.get_backend(lanes[0]) == dist.Backend.NCCL
 
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
@@ -100,18 +103,22 @@ class TorchChannel:
         if not works:
             return
         start = time.perf_counter()
-        for packet, work in works:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                raise self._error(verb, packet, error) from error
+        self.is_waiting = True
+        try:
+            for packet, work in works:
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    raise self._error(verb, packet, error) from error
+        finally:
+            self.is_waiting = False
         self.waited.append((start, time.perf_counter()))
 
     def _error(self, verb: str, packet: Packet, error: Exception) -> PeerError:
         direction = "to" if verb == "sending" else "from"
         return PeerError(
             f"rank {self.rank}, {self.where}: {verb} {packet.what!r} of sequence {packet.sequence}"
-            f" {direction} rank {packet.peer} failed: {_first_line(error)}"
+            f" {direction} rank {packet.peer} failed: {first_line(error)}"
         )
 
 
@@ -121,5 +128,9 @@ def _pieces(tensor: Tensor) -> list[Tensor]:
     return [flat] if flat.numel() <= count else list(flat.split(count))
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line: without gloo's source path before it and its general advice after it."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return re.sub(r"\[/\S+\.(?:cc|cpp|h):\d+\] ", "", lines[0]).split(". This is typically caused by")[0]

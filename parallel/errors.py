@@ -8,7 +8,10 @@ class HdpError(RuntimeError):
 
 
 class PeerError(HdpError):
-    """A transfer failed or timed out; names rank, peer, sequence, and what was moved."""
+    """A transfer or collective failed or timed out; names this rank, and the ranks whose fault it was if that is known."""
+
+    explained = False
+    """Whether the guard has looked for the cause."""
 
 
 class PlanMismatch(HdpError):

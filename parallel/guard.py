@@ -1,27 +1,48 @@
-"""Finds out who is missing when ranks stop answering, and says where each one stood.
+"""Finds out who is to blame when ranks stop answering, and says where each one stood.
 
 Every rank writes a sign of life (a counter, and what it is doing) to the job's store once a second. When a transfer or a
-collective fails, or a step takes longer than the timeout, the survivors look at all signs of life: a rank whose counter
-stands still has died or is stuck, and is named.
+collective fails or exceeds the timeout, a rank looks for the cause: first for a failure that some rank has left word of,
+then for a rank whose sign of life stands still (it is dead or stopped), then for one that lives but does not move. The
+first to find the cause leaves word of it, so ranks that wait for each other in a chain do not each search anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import FrameType
 
 import torch.distributed as dist
 
-from hdp.parallel.channel import TorchChannel
-from hdp.parallel.errors import HdpError
+from hdp.parallel.channel import TorchChannel, first_line
+from hdp.parallel.errors import PeerError
 
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 3.5
-"""A rank whose sign of life has not changed for so long is called missing."""
+"""A rank whose sign of life has not changed for so long is called dead."""
+POLL_SECONDS = 0.2
+"""How often a rank in search of a cause looks for word of one."""
+SHOWN = 8
+"""Ranks that one message names at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sign:
+    """One rank's sign of life."""
+
+    beat: int
+    where: str
+    waiting: bool
+    """Blocked in a transfer: whatever is wrong, it is not this rank's fault."""
+    left: bool
+    """It has closed its world."""
 
 
 class Guard:
@@ -31,18 +52,34 @@ class Guard:
         self.rank, self.world_size, self.channel = rank, world_size, channel
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._old_handler: object = None
+        self._signals = _TermNotice(self._tell_place) if _is_main_thread() else None
         if world_size > 1:
             self._store = dist.PrefixStore("hdp/life", dist.distributed_c10d._get_default_store().clone())
             self._write(0)
             self._thread = threading.Thread(target=self._beat, name="hdp-guard", daemon=True)
             self._thread.start()
-        if threading.current_thread() is threading.main_thread():
-            self._old_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def enter(self, where: str) -> None:
         """Notes what this rank is doing ("step 3, slot 1, backward"); shown in errors here and at others."""
         self.channel.where = where
+
+    @contextlib.contextmanager
+    def watch(self, where: str) -> Iterator[None]:
+        """Work that other ranks take part in: errors of this rank are reported to them, errors of communication explained.
+
+        Raises:
+            PeerError: in place of an error of communication; names the rank that caused it.
+        """
+        self.enter(where)
+        try:
+            yield
+        except Exception as error:
+            if getattr(error, "explained", False):
+                raise
+            if _is_communication_error(error):
+                raise self.explain(error) from error
+            self.report(error)
+            raise
 
     def stop(self) -> None:
         """Ends the signs of life; this rank then says that it left."""
@@ -50,50 +87,90 @@ class Guard:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._old_handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._old_handler)  # type: ignore[arg-type]
-            self._old_handler = None
+            with contextlib.suppress(RuntimeError):  # the store may have left before us
+                self._write(0, left=True)
+        if self._signals is not None:
+            self._signals.close()
+            self._signals = None
 
     def report(self, error: BaseException) -> None:
-        """Leaves word of this rank's failure for the others."""
-        if self.world_size > 1:
-            text = f"{type(error).__name__}: {error}"
-            try:
-                self._store.set(f"failed/{self.rank}", text.splitlines()[0][:500])
-            except RuntimeError:
-                return  # the store is gone, and with it those who could read this
+        """Leaves word of this rank's own failure for the others.
 
-    def explain(self, error: BaseException) -> HdpError:
+        Consequences of another rank's failure (PeerError) and of a signal (SystemExit, KeyboardInterrupt) are not news.
+        """
+        if self.world_size > 1 and isinstance(error, Exception) and not isinstance(error, PeerError):
+            with contextlib.suppress(RuntimeError):  # the store is gone, and with it those who could read this
+                self._leave_word(self.rank, f"rank {self.rank} failed: {type(error).__name__}: {first_line(error)}")
+
+    def explain(self, error: BaseException) -> PeerError:
         """An error that names the ranks that failed, died or fell silent, if any did; else one that repeats ``error``."""
-        if self.world_size == 1:
-            return HdpError(f"rank {self.rank}, {self.channel.where}: {error}")
-        own = f"rank {self.rank}, {self.channel.where}: {str(error).splitlines()[0] if str(error) else error!r}"
-        try:
-            causes = self._causes()
-        except RuntimeError:
-            causes = ["the job's store does not answer: the rank that hosts it (rank 0, or the launcher) is gone"]
-        return HdpError("; ".join([*causes, own]) if causes else own)
+        own = first_line(error)
+        if not own.startswith(f"rank {self.rank},"):
+            own = f"rank {self.rank}, {self.channel.where}: {own}"
+        causes: list[str] = []
+        if self.world_size > 1:
+            try:
+                causes = self._causes()
+            except RuntimeError:
+                causes = ["the job's store does not answer: the rank that hosts it (rank 0, or the launcher) is gone"]
+        explained = PeerError("; ".join(causes) + f" (noticed by {own})" if causes else own)
+        explained.explained = True
+        return explained
+
+    # ------------------------------------------------------------ causes
 
     def _causes(self) -> list[str]:
         before = self._read_all()
-        time.sleep(SILENCE_SECONDS)
+        until = time.monotonic() + SILENCE_SECONDS
+        while True:
+            if words := self._words():
+                return words
+            if time.monotonic() >= until:
+                break
+            time.sleep(POLL_SECONDS)
         after = self._read_all()
-        causes = []
-        for rank in range(self.world_size):
-            if rank == self.rank:
-                continue
-            if self._store.check([f"failed/{rank}"]):
-                causes.append(f"rank {rank} failed: {self._store.get(f'failed/{rank}').decode()}")
-            elif after[rank]["beat"] == before[rank]["beat"]:
-                where = after[rank]["where"]
-                causes.append(f"rank {rank} is gone (no sign of life for {SILENCE_SECONDS:.0f} s; it was in {where})")
-        return causes
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        left = [f"rank {r} has left the job (its script ended, or closed its world)" for r in others if after[r].left]
+        silent = [r for r in others if not after[r].left and after[r].beat == before[r].beat]
+        for rank in silent:
+            text = f"rank {rank} is dead or stopped: no sign of life for {SILENCE_SECONDS} s, last seen at:"
+            self._leave_word(rank, f"{text} {after[rank].where}")
+        if silent or left:
+            return [*left, *self._words()][:SHOWN]
+        idle = [r for r in others if not after[r].waiting and after[r].where == before[r].where]
+        return [f"rank {r} lives but has not moved from: {after[r].where}" for r in idle[:SHOWN]]
 
-    def _read_all(self) -> dict[int, dict]:
-        return {rank: json.loads(self._store.get(str(rank))) for rank in range(self.world_size)}
+    def _leave_word(self, rank: int, text: str) -> None:
+        """Notes the cause of a failure, the fault of ``rank``."""
+        number = self._store.add("words", 1)
+        self._store.set(f"word/{number}", json.dumps([rank, text[:500]]))
 
-    def _write(self, beat: int) -> None:
-        self._store.set(str(self.rank), json.dumps({"beat": beat, "where": self.channel.where}))
+    def _words(self) -> list[str]:
+        """Causes that were noted, the first of each rank."""
+        found: dict[int, str] = {}
+        for number in range(1, self._store.add("words", 0) + 1):
+            if self._store.check([f"word/{number}"]):  # never wait in the store: that would hold up our signs of life
+                rank, text = json.loads(self._store.get(f"word/{number}"))
+                found.setdefault(rank, text)
+        return list(found.values())[:SHOWN]
+
+    # ------------------------------------------------------------ signs of life
+
+    def _read_all(self) -> list[Sign]:
+        keys = [str(rank) for rank in range(self.world_size)]
+        if not self._store.check(keys):  # some rank is still on its way in
+            return [self._read(key) for key in keys]
+        values = self._store.multi_get(keys) if self._store.has_extended_api() else map(self._store.get, keys)
+        return [Sign(**json.loads(value)) for value in values]
+
+    def _read(self, key: str) -> Sign:
+        if self._store.check([key]):
+            return Sign(**json.loads(self._store.get(key)))
+        return Sign(beat=-1, where="before hdp.init", waiting=False, left=False)
+
+    def _write(self, beat: int, left: bool = False) -> None:
+        sign = Sign(beat=beat, where=self.channel.where, waiting=self.channel.is_waiting, left=left)
+        self._store.set(str(self.rank), json.dumps(sign.__dict__))
 
     def _beat(self) -> None:
         beat = 0
@@ -104,6 +181,62 @@ class Guard:
             except RuntimeError:
                 return  # the store is gone; whoever waits for us learns it from their own transfers
 
-    def _on_sigterm(self, number: int, frame: FrameType | None) -> None:
-        print(f"rank {self.rank}: ended by SIGTERM, {self.channel.where}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + number)
+    def _tell_place(self) -> None:
+        print(f"rank {self.rank}: told to end by SIGTERM, at: {self.channel.where}", file=sys.stderr, flush=True)
+
+
+class _TermNotice:
+    """Tells where the rank stands when SIGTERM comes, even while the main thread is blocked in a transfer.
+
+    Python runs signal handlers in the main thread, which may not return from gloo or NCCL before the launcher's SIGKILL; the
+    wakeup descriptor is written at once, and a thread waits for it. What SIGTERM did before happens after that: a handler
+    that was there is called, otherwise the process ends.
+    """
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+        self._told = threading.Lock()
+        self._old_handler = signal.signal(signal.SIGTERM, self._handle)
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._old_descriptor = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="hdp-sigterm", daemon=True).start()
+
+    def close(self) -> None:
+        if not _is_main_thread():
+            return
+        if signal.getsignal(signal.SIGTERM) == self._handle:
+            signal.signal(signal.SIGTERM, self._old_handler)
+        current = signal.set_wakeup_fd(self._old_descriptor)
+        if current not in (self._writer, -1):  # someone else's by now
+            signal.set_wakeup_fd(current)
+        os.close(self._writer)
+
+    def _watch(self) -> None:
+        while received := os.read(self._reader, 1):
+            if received[0] == signal.SIGTERM:
+                self._tell_once()
+        os.close(self._reader)
+
+    def _tell_once(self) -> None:
+        if self._told.acquire(blocking=False):
+            self._tell()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._tell_once()
+        if callable(self._old_handler):
+            self._old_handler(number, frame)
+        elif self._old_handler != signal.SIG_IGN:
+            raise SystemExit(128 + number)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _is_communication_error(error: Exception) -> bool:
+    if isinstance(error, PeerError | dist.DistError):
+        return True
+    text = str(error).lower()
+    signs = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
