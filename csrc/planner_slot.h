@@ -92,14 +92,23 @@ class SlotSearch {
     for (i64 n = low; n < size; n = n * 3 / 2 + 1) shares.push_back(share(machine_, seq_, d, n, 0));
     const i64 most = std::min<i64>(world, std::max<i64>(low, 4 * most_hidden(machine_, seq_, d, world, 1)));
     if (most > size) shares.push_back(share(machine_, seq_, d, most, 1));
+    // Past that the ring shows, but a slot that has little else to do is still shorter.
+    for (i64 n = most; n > size && n < world; n *= 2) {
+      const i64 wider = share(machine_, seq_, d, std::min(world, 2 * n), 1);
+      if (wider > shares.back() - shares.back() / 64) break;
+      shares.push_back(wider);
+    }
     for (i64 n = std::max<i64>(low, size + 1); n < most; n = n * 5 / 4 + machine_.node) {
       shares.push_back(share(machine_, seq_, d, std::min(world, ceil_div(n, machine_.node) * machine_.node), 1));
     }
-    const i64 shortest = *std::min_element(shares.begin(), shares.end());
     __int128 work = 0, tokens = 0;
     for (int e : left) work += seq_.work[e], tokens += seq_.length[e];
     const __int128 room = static_cast<__int128>(machine_.capacity) * world;
     const i64 average = static_cast<i64>(work / world) + 1, slots = static_cast<i64>((tokens + room - 1) / room);
+    // As many ranks as the longest sequence has of the work.
+    const i64 fair = std::clamp<i64>(static_cast<i64>(static_cast<__int128>(seq_.work[d]) * world / work), low, world);
+    shares.push_back(share(machine_, seq_, d, fair, fair > size));
+    const i64 shortest = *std::min_element(shares.begin(), shares.end());
     std::vector<i64> targets;
     for (i64 permille : {1, 5, 15, 40}) {
       for (i64 k = slots; k < slots + 3; ++k) {

@@ -15,12 +15,15 @@ from hdp.balance.planners.problem import Problem
 from hdp.balance.topology import Topology
 
 PLANNERS: dict[str, str] = {
+    "auto": "auto",
     "static": "static",
     "static-random": "static",
     "static-ffd": "static",
     "static-balanced": "static",
     "naive": "naive",
-    "auto": "auto",
+    "bytescale": "bytescale",
+    "bytescale-pp": "bytescale",
+    "flexsp": "flexsp",
 }
 """Planner name to the module of this package that holds it; each module has ``make(problem, name) -> Plan``."""
 
@@ -32,7 +35,7 @@ def plan(
     *,
     capacity: int,
     regime: str = "step",
-    planner: str = "naive",
+    planner: str = "auto",
     offload: str | float = "off",
     seed: int = 0,
 ) -> Plan:
@@ -124,7 +127,7 @@ def make_plan(
     world_size: int,
     capacity: int,
     regime: str = "step",
-    planner: str = "naive",
+    planner: str = "auto",
     cost: CostModel | None = None,
     topology: Topology | None = None,
     offload: str | float = "off",
