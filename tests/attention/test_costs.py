@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -141,3 +143,23 @@ def test_unknown_schedules_and_impossible_groups_are_refused() -> None:
         cost("local", backward=False, length=64, size=2, member=0, heads=heads, sizes=sizes, causal=True)
     with pytest.raises(ValueError, match="'hybrid:3' does not serve a group of 4 ranks"):
         cost("hybrid:3", backward=False, length=64, size=4, member=0, heads=heads, sizes=sizes, causal=True)
+
+
+def test_the_documented_table_is_what_the_forms_say() -> None:
+    """docs/attention.md: blocks sent by all of 8 members together, in units of all queries' bytes."""
+    text = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
+    table = text.partition("| | bidirectional, forward |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 10
+    # A large head_dim leaves lse and delta out of account.
+    heads, sizes, length = HeadCount(query=8, key=8), Sizes(head_dim=4096, model_bytes=4), 512
+    for line in table:
+        name, *figures = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        columns = [(causal, backward) for causal in (False, True) for backward in (False, True)]
+        for figure, (causal, backward) in zip(figures, columns, strict=True):
+            sent = sum(
+                cost(
+                    name, backward=backward, length=length, size=8, member=m, heads=heads, sizes=sizes, causal=causal
+                ).sent_bytes
+                for m in range(8)
+            )
+            assert float(figure) == pytest.approx(sent / (length * 8 * 4096 * 4), abs=0.006), name
