@@ -22,7 +22,7 @@ _LAZY = {
     "RouteShard": "hdp.attention.route",
 }
 
-__all__ = sorted(_LAZY)
+__all__ = ["AttentionRuntime", "Route", "RouteShard", "attend"]
 
 
 def __getattr__(name: str) -> Any:

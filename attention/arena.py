@@ -9,8 +9,9 @@ at offsets that both directions compute from the program's list of kept values.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
-from hdp.attention.lowered import Geometry
+from hdp.attention.lowered import Geometry, Width
 from hdp.attention.program import Heads
 
 ALIGNMENT = 64  # bytes
@@ -23,7 +24,7 @@ class Draft:
     rows: int
     heads: int
     has_dim: bool
-    is_sum: bool
+    width: Width
     born: int
     """Step of its first use."""
     died: int
@@ -36,13 +37,12 @@ class Draft:
         return self.kept_offset >= 0
 
     def bytes(self, geometry: Geometry) -> int:
-        return buffer_bytes(geometry, self.rows, self.heads, self.has_dim, self.is_sum)
+        return buffer_bytes(geometry, self.rows, self.heads, self.has_dim, self.width)
 
 
-def buffer_bytes(geometry: Geometry, rows: int, heads: int, has_dim: bool, is_sum: bool) -> int:
+def buffer_bytes(geometry: Geometry, rows: int, heads: int, has_dim: bool, width: Width) -> int:
     """Bytes of a buffer, up to the next multiple of ``ALIGNMENT``."""
-    element = geometry.sum_bytes if is_sum else geometry.model_bytes
-    size = rows * heads * (geometry.head_dim if has_dim else 1) * element
+    size = rows * heads * (geometry.head_dim if has_dim else 1) * geometry.bytes_of(width)
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -73,6 +73,7 @@ class Filled:
     """Which rows and heads of an accumulator hold something already."""
 
     areas: list[tuple[int, int, Heads]] = field(default_factory=list)
+    """(first row, last row + 1, heads), disjoint, ascending by row for calls that walk a sequence in order."""
 
     def missing(self, start: int, stop: int, heads: Heads) -> list[tuple[int, int, Heads]]:
         """Parts (first row, last row + 1, heads) of the rectangle that hold nothing yet."""
@@ -84,11 +85,17 @@ class Filled:
         cuts = sorted({*heads, *(c for f in overlapping for c in f[2] if heads[0] < c < heads[1])})
         return [
             (a, b, (low, high))
-            for low, high in zip(cuts[:-1], cuts[1:], strict=True)
+            for low, high in pairwise(cuts)
             for a, b in _gaps(start, stop, [f[:2] for f in overlapping if f[2][0] <= low and high <= f[2][1]])
         ]
 
     def add(self, start: int, stop: int, heads: Heads) -> None:
+        """Marks a rectangle; joined to the last one where they touch, so that a walk down a sequence stays short."""
+        if self.areas:
+            last = self.areas[-1]
+            if last[1] == start and last[2] == heads:
+                self.areas[-1] = (last[0], stop, heads)
+                return
         self.areas.append((start, stop, heads))
 
 

@@ -21,8 +21,15 @@ Parcel = tuple[Packet, Tensor]  # what it is, and the dense tensor to be sent or
 class Channel(Protocol):
     """Moves tensors between ranks. Tickets are opaque."""
 
+    can_ask: bool
+    """Whether :meth:`has_received` knows; False where the host runs ahead of the device (NCCL)."""
+
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Any:
         """Starts the transfers of one round; returns a ticket. ``tag`` is equal at both ends, in [0, 2^31)."""
+        ...
+
+    def has_received(self, ticket: Any) -> bool:
+        """Whether all receives of the ticket are done; never waits."""
         ...
 
     def wait_receives(self, ticket: Any) -> None:
@@ -62,8 +69,8 @@ class VirtualNetwork:
         self._flying: dict[tuple[int, int, int, int], deque[tuple[VirtualTicket, Packet, Tensor]]] = defaultdict(deque)
         self._awaited: dict[tuple[int, int, int, int], deque[tuple[VirtualTicket, Packet, Tensor]]] = defaultdict(deque)
 
-    def channel(self, rank: int) -> VirtualChannel:
-        return VirtualChannel(self, rank)
+    def channel(self, rank: int, can_ask: bool = True) -> VirtualChannel:
+        return VirtualChannel(self, rank, can_ask)
 
     def post(self, rank: int, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> VirtualTicket:
         ticket = VirtualTicket(rank, sends=len(sends))
@@ -88,7 +95,9 @@ class VirtualNetwork:
             target.shape,
             target.dtype,
         ):
-            raise RuntimeError(f"rank {key[0]} sent {sent} {source.shape}, rank {key[1]} expected {awaited} {target.shape}")
+            raise RuntimeError(
+                f"rank {key[0]} sent {sent} {source.shape}, rank {key[1]} expected {awaited} {target.shape}"
+            )
         target.copy_(source)
         self.sent_bytes[key[0]] += source.numel() * source.element_size()
         self.messages += 1
@@ -100,11 +109,15 @@ class VirtualNetwork:
 class VirtualChannel:
     """One virtual rank's end of a :class:`VirtualNetwork`. Waiting is the driver's part (``executor.drive_together``)."""
 
-    def __init__(self, network: VirtualNetwork, rank: int) -> None:
+    def __init__(self, network: VirtualNetwork, rank: int, can_ask: bool = True) -> None:
+        self.can_ask = can_ask
         self.network, self.rank = network, rank
 
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> VirtualTicket:
         return self.network.post(self.rank, sends, receives, tag)
+
+    def has_received(self, ticket: VirtualTicket) -> bool:
+        return not ticket.receives
 
     def wait_receives(self, ticket: VirtualTicket) -> None:
         if ticket.receives:

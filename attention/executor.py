@@ -2,6 +2,10 @@
 
 The executor is a generator that yields whenever it has to wait, so one process can drive many virtual ranks in any order
 (:func:`drive_together`); a real rank simply waits on its channel (:func:`drive`).
+
+[Note: fillers] Whole local sequences fill the waits. Where the channel can be asked whether the receives of a round are done,
+local calls run one by one until they are; elsewhere (the host runs ahead of the device) each round runs its share.
+Which of the two changes nothing in the results: local calls touch nothing that a round reads.
 """
 
 from __future__ import annotations
@@ -9,34 +13,17 @@ from __future__ import annotations
 import random
 import struct
 import zlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from hdp.attention.backends import Backend
+from hdp.attention.backends import Backend, Scoring
+from hdp.attention.bound import Bound, BoundCall, BoundMerge, BoundRound, Views
 from hdp.attention.channel import Channel, Parcel, VirtualNetwork
-from hdp.attention.lowered import Buffer, Call, Geometry, Lowered, Merge, Packet, Ref, Round
 from hdp.attention.merge import merge_partial
-from hdp.attention.program import Kind
 
 
-class Workspace:
-    """The arena of one rank: bytes for received and travelling buffers, reused by every layer, direction and batch."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.storage = torch.empty(0, dtype=torch.uint8, device=device)
-
-    def reserve(self, size: int) -> Tensor:
-        """At least ``size`` bytes; grows, never shrinks."""
-        if self.storage.numel() < size:
-            self.storage = torch.empty(size, dtype=torch.uint8, device=self.storage.device)
-        return self.storage
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Wait:
     """What the executor waits for when it yields."""
 
@@ -48,157 +35,111 @@ class Wait:
 Run = Generator[Wait, None, None]
 
 
-class BoundProgram:
-    """A lowered program with its arena views, for one dtype. Views are made once and reused by all layers."""
-
-    def __init__(self, lowered: Lowered, geometry: Geometry, dtype: torch.dtype, workspace: Workspace) -> None:
-        self.lowered, self.geometry, self.dtype, self.workspace = lowered, geometry, dtype, workspace
-        self.sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._arena_address = -1
-        self._arena_views: list[Tensor | None] = []
-
-    @property
-    def sends_delta(self) -> bool:
-        return any(p.what == "delta" for r in self.lowered.rounds for p in r.sends)
-
-    def bind(self, externals: Sequence[Tensor], kept: Tensor | None) -> list[Tensor]:
-        """All tensors by number: the caller's, then the buffers."""
-        arena = self.workspace.reserve(self.lowered.arena_bytes)
-        if arena.data_ptr() != self._arena_address:
-            self._arena_views = [None if b.kept else self._view(b, arena) for b in self.lowered.buffers]
-            self._arena_address = arena.data_ptr()
-        tensors = list(externals)
-        for buffer, view in zip(self.lowered.buffers, self._arena_views, strict=True):
-            if view is None:
-                assert kept is not None
-                view = self._view(buffer, kept)
-            tensors.append(view)
-        return tensors
-
-    def _view(self, buffer: Buffer, space: Tensor) -> Tensor:
-        dtype = self.sum_dtype if buffer.is_sum else self.dtype
-        shape = (buffer.rows, buffer.heads, self.geometry.head_dim) if buffer.has_dim else (buffer.rows, buffer.heads)
-        size = dtype.itemsize
-        for n in shape:
-            size *= n
-        return space[buffer.offset : buffer.offset + size].view(dtype).view(shape)
-
-
 class Executor:
     """Runs bound programs with one backend over one channel."""
 
     def __init__(self, backend: Backend, channel: Channel) -> None:
         self.backend, self.channel = backend, channel
 
-    def forward(self, program: BoundProgram, tensors: list[Tensor], scale: float, serial: tuple[int, ...]) -> Run:
-        """``tensors`` from :meth:`BoundProgram.bind`; ``serial`` is the same on all sharers and new for every call."""
-        return self._run(program, tensors, scale, serial, backward=False)
+    def run(self, program: Bound, views: Views, scoring: Scoring, serial: tuple[int, ...]) -> Run:
+        """One direction of one layer.
 
-    def backward(self, program: BoundProgram, tensors: list[Tensor], scale: float, serial: tuple[int, ...]) -> Run:
-        """As :meth:`forward`; if ``program.sends_delta``, the tensor ``delta`` must hold sum(do * out)."""
-        return self._run(program, tensors, scale, serial, backward=True)
-
-    def _run(
-        self, program: BoundProgram, tensors: list[Tensor], scale: float, serial: tuple[int, ...], backward: bool
-    ) -> Run:
-        lowered = program.lowered
+        Args:
+            program: the rank's program. views: from its ``bind``; backward with ``program.sends_delta`` needs the tensor
+                ``delta`` to hold sum(do * out).
+            serial: the same on all sharers and new for every call.
+        """
+        one_call = self._backward_call if program.is_backward else self._forward_call
+        fillers = iter(program.fillers)
+        stem = struct.pack(f"<{len(serial) + 1}q", *serial, program.is_backward)
         previous: Any = None
-        for number, part in enumerate(lowered.rounds):
-            for ref in part.fills:
-                _empty(tensors, ref, lowered)
-            ticket = self._post(part, tensors, (*serial, backward, number))
-            for call in (*part.calls, *part.fillers):
-                if backward:
-                    self._backward_call(call, tensors, scale)
-                else:
-                    self._forward_call(call, tensors, scale)
+        for number, part in enumerate(program.rounds):
+            for slot, value in part.fills:
+                views[slot].fill_(value)
+            ticket = self._post(part, views, zlib.crc32(number.to_bytes(4, "little"), zlib.crc32(stem)))
+            for source, target in part.casts:
+                views[target].copy_(views[source])
+            for call in part.calls:
+                one_call(call, views, scoring)
             if ticket is not None and part.receives:
-                yield Wait(ticket=ticket, sends=False)
+                self._fill(ticket, part.fillers, fillers, one_call, views, scoring)
+                yield Wait(ticket, False)
                 self.channel.wait_receives(ticket)
             if previous is not None:  # see [Note: arena]: a sent buffer lives one step longer
-                yield Wait(ticket=previous, sends=True)
+                yield Wait(previous, True)
                 self.channel.wait_sends(previous)
             previous = ticket if part.sends else None
             for merge in part.merges:
-                _merge(merge, tensors)
+                _merge(merge, views)
+        for call in fillers:
+            one_call(call, views, scoring)
         if previous is not None:
-            yield Wait(ticket=previous, sends=True)
+            yield Wait(previous, True)
             self.channel.wait_sends(previous)
-        for ref in lowered.empties:
-            _empty(tensors, ref, lowered)
-        for source, target in lowered.finals:
-            _slice(tensors, target).copy_(_slice(tensors, source))
+        for slot, value in program.empties:
+            views[slot].fill_(value)
+        for source, target in program.finals:
+            views[target].copy_(views[source])
 
-    def _post(self, part: Round, tensors: list[Tensor], serial: tuple[int, ...]) -> Any:
+    def _fill(
+        self, ticket: Any, share: int, fillers: Iterator[BoundCall], one_call: Any, views: Views, scoring: Scoring
+    ) -> None:
+        """Local calls while the receives of a round are under way. See [Note: fillers]."""
+        can_ask = self.channel.can_ask
+        while not self.channel.has_received(ticket) if can_ask else share > 0:
+            call = next(fillers, None)
+            if call is None:
+                return
+            one_call(call, views, scoring)
+            share -= 1
+
+    def _post(self, part: BoundRound, views: Views, tag: int) -> Any:
         if not part.sends and not part.receives:
             return None
-        sends = [(packet, _packed(packet, tensors)) for packet in part.sends]
-        receives: list[Parcel] = [(packet, _slice(tensors, packet.ref)) for packet in part.receives]
-        tag = zlib.crc32(struct.pack(f"<{len(serial)}q", *serial)) & 0x7FFFFFFF
-        return self.channel.post(sends, receives, tag)
+        sends: list[Parcel] = []
+        for packet, slot, pack in part.sends:
+            for source, target in pack:
+                views[target].copy_(views[source])
+            sends.append((packet, views[slot]))
+        return self.channel.post(sends, [(packet, views[slot]) for packet, slot in part.receives], tag & 0x7FFFFFFF)
 
-    def _forward_call(self, call: Call, tensors: list[Tensor], scale: float) -> None:
-        q, k, v = (_slice(tensors, ref) for ref in call.inputs)
-        out, lse = (_slice(tensors, ref) for ref in call.sums)
-        partial, partial_lse = self.backend.forward(q, k, v, call.shape, scale)
+    def _forward_call(self, call: BoundCall, views: Views, scoring: Scoring) -> None:
+        q, k, v = (views[slot] for slot in call.inputs)
+        partial, partial_lse = self.backend.forward(q, k, v, call.shape, scoring, call.cuts)
+        out, lse = call.sums
         if call.first[0]:
-            out.copy_(partial)
-            lse.copy_(partial_lse)
+            views[out].copy_(partial)
+            views[lse].copy_(partial_lse)
         else:
-            merge_partial(out, lse, partial, partial_lse)
+            merge_partial(views[out], views[lse], partial, partial_lse)
 
-    def _backward_call(self, call: Call, tensors: list[Tensor], scale: float) -> None:
-        q, k, v, do, lse, last = (_slice(tensors, ref) for ref in call.inputs)
+    def _backward_call(self, call: BoundCall, views: Views, scoring: Scoring) -> None:
+        q, k, v, do, lse, last = (views[slot] for slot in call.inputs)
         out, delta = (last, None) if call.has_out else (None, last)
-        partials = self.backend.backward(do, q, k, v, lse, out, delta, call.shape, scale)
-        flags = (call.first[0], call.first[1], call.first[1])
-        for ref, partial, first in zip(call.sums, partials, flags, strict=True):
+        partials = self.backend.backward(do, q, k, v, lse, out, delta, call.shape, scoring, call.cuts)
+        for slot, partial, first in zip(call.sums, partials, call.first, strict=True):
             if first:
-                _slice(tensors, ref).copy_(partial)
+                views[slot].copy_(partial)
             else:
-                _slice(tensors, ref).add_(partial)
+                views[slot].add_(partial)
 
 
-def _slice(tensors: list[Tensor], ref: Ref) -> Tensor:
-    rows = tensors[ref.tensor][ref.start : ref.stop]
-    return rows if ref.heads is None else rows[:, ref.heads[0] : ref.heads[1]]
-
-
-def _packed(packet: Packet, tensors: list[Tensor]) -> Tensor:
-    target = _slice(tensors, packet.ref)
-    row = 0
-    for piece in packet.pack:
-        source = _slice(tensors, piece)
-        target[row : row + source.shape[0]].copy_(source)
-        row += source.shape[0]
-    return target
-
-
-def _empty(tensors: list[Tensor], ref: Ref, lowered: Lowered) -> None:
-    is_lse = not lowered.is_backward and ref.tensor in lowered.lse_tensors
-    _slice(tensors, ref).fill_(float("-inf") if is_lse else 0.0)
-
-
-def _merge(merge: Merge, tensors: list[Tensor]) -> None:
-    source = [_slice(tensors, ref) for ref in merge.source]
-    target = [_slice(tensors, ref) for ref in merge.target]
+def _merge(merge: BoundMerge, views: Views) -> None:
     if merge.first:
-        for to, of in zip(target, source, strict=True):
-            to.copy_(of)
-    elif merge.kind is Kind.OUT:
-        merge_partial(target[0], target[1], source[0], source[1])
+        for to, of in zip(merge.target, merge.source, strict=True):
+            views[to].copy_(views[of])
+    elif merge.is_partial:
+        out, lse = (views[slot] for slot in merge.target)
+        merge_partial(out, lse, *(views[slot] for slot in merge.source))
     else:
-        for to, of in zip(target, source, strict=True):
-            to.add_(of)
+        for to, of in zip(merge.target, merge.source, strict=True):
+            views[to].add_(views[of])
 
 
-def drive(run: Run, channel: Channel) -> None:
+def drive(run: Run) -> None:
     """Runs to the end on a real rank: every wait blocks on the channel."""
-    for wait in run:
-        if wait.sends:
-            channel.wait_sends(wait.ticket)
-        else:
-            channel.wait_receives(wait.ticket)
+    for _ in run:  # the executor itself waits when it is resumed
+        continue
 
 
 def drive_together(runs: dict[int, Run], network: VirtualNetwork, seed: int = 0) -> None:

@@ -55,7 +55,7 @@ def hdp_attention(
     """transformers' attention interface: query [1, heads, tokens, head_dim] in, [1, tokens, heads, head_dim] out.
 
     Raises:
-        ValueError: a mask, dropout, soft-cap or keyword that a planned batch cannot honour.
+        ValueError: a mask, dropout or keyword that a planned batch cannot honour; a soft-cap that the backend does not know.
     """
     if hdp_route is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -64,16 +64,16 @@ def hdp_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **keywords
         )
-    _refuse(query, attention_mask, dropout, softcap, keywords)
+    _refuse(query, attention_mask, dropout, keywords)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = attend(q, k, v, route=hdp_route, scale=scaling, causal=bool(causal), window=sliding_window)
+    out = attend(
+        q, k, v, route=hdp_route, scale=scaling, causal=bool(causal), window=sliding_window, softcap=softcap or 0.0
+    )
     return out.unsqueeze(0), None
 
 
-def _refuse(
-    query: Tensor, attention_mask: Tensor | None, dropout: float, softcap: float | None, keywords: dict[str, Any]
-) -> None:
+def _refuse(query: Tensor, attention_mask: Tensor | None, dropout: float, keywords: dict[str, Any]) -> None:
     if query.shape[0] != 1:
         raise ValueError(f"a planned batch is packed: batch size 1, not {query.shape[0]}")
     if attention_mask is not None and attention_mask.numel():
@@ -83,8 +83,6 @@ def _refuse(
         )
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported: set attention_dropout=0 in the model's config")
-    if softcap is not None:
-        raise ValueError(f"logit soft-cap {softcap} is not supported by the attention backends here")
     unknown = sorted(k for k, v in keywords.items() if k not in _HARMLESS and v is not None and v is not False)
     if unknown:
         raise ValueError(

@@ -7,9 +7,13 @@ in the arena. See ``hdp.attention.lower`` for how it is made and ``hdp.attention
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from hdp.attention.mask import Shape
 from hdp.attention.program import HeadCount, Heads, Kind
+
+Width = Literal["model", "sum", "wire"]
+"""Which dtype a tensor has: the model's, the accumulators', or the one in which inputs travel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,22 +26,51 @@ class Geometry:
     """Bytes of an element of q, k, v."""
     sum_bytes: int
     """Bytes of an element of accumulators (fp32: 4; 8 when the model is float64)."""
+    wire_bytes: int | None = None
+    """Bytes of an element of q, k, v on their way; None: as ``model_bytes``, without a cast."""
 
     @property
     def sums_are_outputs(self) -> bool:
         """Whether accumulators have the model's dtype, so that outputs can be accumulated in place."""
         return self.model_bytes == self.sum_bytes
 
+    @property
+    def casts_inputs(self) -> bool:
+        """Whether q, k, v travel in another dtype than the model's."""
+        return self.wire_bytes is not None and self.wire_bytes != self.model_bytes
 
-# Components of each kind: (name, whether it has head_dim, whether it has the accumulators' dtype).
-COMPONENTS: dict[Kind, tuple[tuple[str, bool, bool], ...]] = {
-    Kind.Q: (("q", True, False),),
-    Kind.KV: (("k", True, False), ("v", True, False)),
-    Kind.DO: (("do", True, False), ("lse", False, True), ("delta", False, True)),
-    Kind.OUT: (("out", True, True), ("lse", False, True)),
-    Kind.DQ: (("dq", True, True),),
-    Kind.DKV: (("dk", True, True), ("dv", True, True)),
+    def bytes_of(self, width: Width) -> int:
+        """Bytes of an element."""
+        if width == "wire" and self.wire_bytes is not None:
+            return self.wire_bytes
+        return self.sum_bytes if width == "sum" else self.model_bytes
+
+
+@dataclass(frozen=True)
+class Component:
+    """One tensor of a value."""
+
+    name: str
+    has_dim: bool
+    """[rows, heads, head_dim]; else [rows, heads]."""
+    width: Width
+
+
+COMPONENTS: dict[Kind, tuple[Component, ...]] = {
+    Kind.Q: (Component("q", True, "model"),),
+    Kind.KV: (Component("k", True, "model"), Component("v", True, "model")),
+    Kind.DO: (Component("do", True, "model"), Component("lse", False, "sum"), Component("delta", False, "sum")),
+    Kind.OUT: (Component("out", True, "sum"), Component("lse", False, "sum")),
+    Kind.DQ: (Component("dq", True, "sum"),),
+    Kind.DKV: (Component("dk", True, "sum"), Component("dv", True, "sum")),
 }
+
+
+def wire_width(kind: Kind, component: Component, final: bool, geometry: Geometry) -> Width:
+    """The dtype in which a component travels: complete results in the model's, q, k, v in ``wire`` where that differs."""
+    if kind in (Kind.Q, Kind.KV):
+        return "wire" if geometry.casts_inputs else "model"
+    return "model" if final and component.has_dim else component.width
 
 
 @dataclass(frozen=True)
@@ -61,13 +94,16 @@ class Buffer:
     rows: int
     heads: int
     has_dim: bool
-    is_sum: bool
+    width: Width
     kept: bool
+
+
+Copy = tuple[Ref, Ref]  # (source, target): a copy, with a cast where their dtypes differ
 
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One kernel call: a rectangle of one tile."""
+    """One kernel call: a rectangle of one tile, or several that lie one after the other (``cuts``)."""
 
     shape: Shape
     inputs: tuple[Ref, ...]
@@ -80,6 +116,8 @@ class Call:
     """Backward: the last input is out, not delta."""
     cost: int = 0
     """Query-key pairs times heads."""
+    cuts: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    """Fused rectangles: where each begins and the last ends, in rows and in keys; None: one rectangle."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,13 +130,13 @@ class Packet:
     lane: int
     sequence: int
     what: str
-    pack: tuple[Ref, ...] = ()
+    pack: tuple[Copy, ...] = ()
     """Send: pieces to be copied into ``ref`` first (chunks that do not lie together, some of the heads, a cast)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merge:
-    """A received accumulator joins what is already here."""
+    """A received accumulator joins what is already here, or (``first``) is copied to where it is needed."""
 
     kind: Kind
     source: tuple[Ref, ...]
@@ -108,16 +146,18 @@ class Merge:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One step of all sequences of the micro-batch."""
+    """One step of all sequences of the micro-batch, in the order in which it is run."""
 
-    sends: tuple[Packet, ...]
-    receives: tuple[Packet, ...]
-    calls: tuple[Call, ...]
-    fillers: tuple[Call, ...]
-    """Calls of whole local sequences, to be computed while bytes are in flight."""
-    merges: tuple[Merge, ...]
     fills: tuple[Ref, ...] = ()
     """Rows of accumulators to be emptied before anything else (0; lse: -inf)."""
+    sends: tuple[Packet, ...]
+    receives: tuple[Packet, ...]
+    casts: tuple[Copy, ...] = ()
+    """Inputs that arrived in another dtype, widened for this round's calls."""
+    calls: tuple[Call, ...]
+    fillers: int = 0
+    """How many of the program's local calls to run here, if it cannot be asked whether the receives are done."""
+    merges: tuple[Merge, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +167,9 @@ class Lowered:
     externals: tuple[str, ...]
     buffers: tuple[Buffer, ...]
     rounds: tuple[Round, ...]
-    finals: tuple[tuple[Ref, Ref], ...]
+    fillers: tuple[Call, ...]
+    """Calls of whole local sequences, in order, to be computed while bytes are in flight."""
+    finals: tuple[Copy, ...]
     """(accumulator, output): copies with a cast, after the last round."""
     empties: tuple[Ref, ...]
     """Output rows that nothing was added to: zeros (lse: -inf)."""

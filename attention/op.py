@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hdp.attention.backends import Scoring
+from hdp.attention.bound import Bound
 from hdp.attention.executor import drive
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
@@ -27,6 +29,7 @@ def attend(
     scale: float | None = None,
     causal: bool = True,
     window: int | None = None,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention of one micro-batch, within each sequence, over the ranks that share it.
 
@@ -35,16 +38,18 @@ def attend(
         route: the micro-batch's route.
         scale: of the scores; None: head_dim ** -0.5.
         causal: no query sees a later key. window: tokens that a query sees, its own included; None: all.
+        softcap: scores become softcap * tanh(score / softcap); 0: they stay as they are.
 
     Returns:
         [tokens, heads, head_dim], q's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other or the route.
+        ValueError: shapes or dtypes that do not fit each other or the route; what the backend cannot compute.
     """
     _check(q, k, v, route)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, _, _ = torch.ops.hdp.attend(q, k, v, route.handle, scale, causal, 0 if window is None else int(window))
+    reach = 0 if window is None else int(window)
+    out, _, _ = torch.ops.hdp.attend(q, k, v, route.handle, scale, causal, reach, float(softcap))
     return out
 
 
@@ -71,22 +76,28 @@ def _key(q: Tensor, k: Tensor, causal: bool, window: int) -> LayerKey:
 
 @torch.library.custom_op("hdp::attend", mutates_args=())
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, route: Tensor, scale: float, causal: bool, window: int
+    q: Tensor, k: Tensor, v: Tensor, route: Tensor, scale: float, causal: bool, window: int, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     path, key = ROUTES.get(route), _key(q, k, causal, window)
-    program = path.program(key, backward=False)
+    program, executor, scoring = path.program(key, False), path.runtime.executor(q.dtype), Scoring(scale, softcap)
+    executor.backend.check(scoring)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=program.sum_dtype, device=q.device)
     kept = torch.empty(program.lowered.kept_bytes, dtype=torch.uint8, device=q.device)
-    tensors = program.bind([q, k.contiguous(), v.contiguous(), out, lse], kept)
-    executor = path.runtime.executor(q.dtype)
-    drive(executor.forward(program, tensors, scale, path.next_serial(backward=False)), executor.channel)
+    inputs = _laid_out(program, q=q, k=k, v=v)
+    run = executor.run(program, program.bind([*inputs, out, lse], kept), scoring, path.next_serial(backward=False))
+    drive(run)
     return out, lse, kept
+
+
+def _laid_out(program: Bound, **tensors: Tensor) -> list[Tensor]:
+    """Tensors whose head_dim is dense; those that are sent as they lie are dense as a whole."""
+    return [t.contiguous() if name in program.dense or t.stride(-1) != 1 else t for name, t in tensors.items()]
 
 
 @_attend.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, route: Tensor, scale: float, causal: bool, window: int
+    q: Tensor, k: Tensor, v: Tensor, route: Tensor, scale: float, causal: bool, window: int, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     kept = torch.library.get_ctx().new_dynamic_size()
@@ -110,17 +121,17 @@ def _attend_backward(
     scale: float,
     causal: bool,
     window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     path, key = ROUTES.get(route), _key(q, k, causal, window)
-    program = path.program(key, backward=True)
-    do = do.contiguous()
+    program, executor = path.program(key, True), path.runtime.executor(q.dtype)
+    inputs = _laid_out(program, q=q, k=k, v=v, do=do)
     delta = lse.new_empty(0)
     if program.sends_delta:
         delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    tensors = program.bind([q, k.contiguous(), v.contiguous(), do, out, lse, delta, dq, dk, dv], kept)
-    executor = path.runtime.executor(q.dtype)
-    drive(executor.backward(program, tensors, scale, path.next_serial(backward=True)), executor.channel)
+    views = program.bind([*inputs, out, lse, delta, dq, dk, dv], kept)
+    drive(executor.run(program, views, Scoring(scale, softcap), path.next_serial(backward=True)))
     return dq, dk, dv
 
 
@@ -137,13 +148,14 @@ def _(
     scale: float,
     causal: bool,
     window: int,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     return dq, dk, dv
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    q, k, v, route, ctx.scale, ctx.causal, ctx.window = inputs
+    q, k, v, route, ctx.scale, ctx.causal, ctx.window, ctx.softcap = inputs
     out, lse, kept = output
     ctx.mark_non_differentiable(lse, kept)
     ctx.save_for_backward(q, k, v, out, lse, kept, route)
@@ -151,8 +163,9 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, do: Tensor, dlse: Tensor | None, dkept: Tensor | None) -> tuple:
     q, k, v, out, lse, kept, route = ctx.saved_tensors
-    grads = torch.ops.hdp.attend_backward(do, q, k, v, out, lse, kept, route, ctx.scale, ctx.causal, ctx.window)
-    return (*grads, None, None, None, None)
+    options = (ctx.scale, ctx.causal, ctx.window, ctx.softcap)
+    grads = torch.ops.hdp.attend_backward(do, q, k, v, out, lse, kept, route, *options)
+    return (*grads, None, None, None, None, None)
 
 
 _attend.register_autograd(_backward, setup_context=_setup_context)

@@ -15,15 +15,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hdp.attention.backends import Backend, resolve_backend
+from hdp.attention.backends import Backend, backend_names, resolve_backend
+from hdp.attention.bound import Bound, Workspace
 from hdp.attention.channel import Channel
-from hdp.attention.executor import BoundProgram, Executor, Workspace
-from hdp.attention.layout import make_layout
+from hdp.attention.executor import Executor
+from hdp.attention.fuse import fuse
+from hdp.attention.layout import Layout, make_layout
 from hdp.attention.lower import Task, lower
 from hdp.attention.lowered import Geometry, Lowered
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_schedule
+from hdp.attention.schedules import get_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +42,58 @@ class RouteShard:
     layout: str = "zigzag"
 
 
-class AttentionRuntime:
-    """What all routes of a process share: its rank, channel, arena and backend."""
+WIRE_DTYPES = (torch.bfloat16, torch.float16)
 
-    def __init__(self, rank: int, channel: Channel, device: torch.device, backend: str = "auto") -> None:
+
+class AttentionRuntime:
+    """What all routes of a process share: its rank, channel, arena and backend.
+
+    Args:
+        rank: of the world. channel: to the other ranks.
+        device: where attention runs.
+        backend: name of the attention backend (see ``hdp.attention.backends``).
+        wire_dtype: bf16 or fp16: q, k, v of an fp32 model travel so, at half the bytes; None: as the model computes.
+
+    Raises:
+        ValueError: an unknown backend, or a wire dtype that saves nothing.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        channel: Channel,
+        device: torch.device,
+        backend: str = "auto",
+        wire_dtype: torch.dtype | None = None,
+    ) -> None:
+        if backend not in backend_names():
+            raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(backend_names())}")
+        if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
+            raise ValueError(f"wire_dtype is {wire_dtype}: choose torch.bfloat16, torch.float16 or None")
         self.rank, self.channel, self.device, self.backend_name = rank, channel, device, backend
+        self.wire_dtype = wire_dtype
         self.workspace = Workspace(device)
         self._executors: dict[torch.dtype, Executor] = {}
 
     def executor(self, dtype: torch.dtype) -> Executor:
+        """Runs programs of this dtype. Raises ValueError if no backend, or not the one asked for, can."""
         if dtype not in self._executors:
-            self._executors[dtype] = Executor(self.backend(dtype), self.channel)
+            backend = resolve_backend(self.backend_name, self.device, dtype)
+            self._executors[dtype] = Executor(backend, self.channel)
         return self._executors[dtype]
 
     def backend(self, dtype: torch.dtype) -> Backend:
-        """The backend for this dtype. Raises ValueError if none, or not the one asked for, runs here."""
-        return resolve_backend(self.backend_name, self.device, dtype)
+        """The backend for this dtype."""
+        return self.executor(dtype).backend
+
+    def wire_dtype_for(self, dtype: torch.dtype) -> torch.dtype | None:
+        """The dtype in which q, k, v of this dtype travel, if it is another; float64 stays exact."""
+        return self.wire_dtype if dtype == torch.float32 else None
+
+    @property
+    def peak_bytes(self) -> int:
+        """Size of the arena: the most that received and travelling buffers of a program have needed."""
+        return self.workspace.peak_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +105,12 @@ class LayerKey:
     dtype: torch.dtype
     mask: Mask
 
-    @property
-    def geometry(self) -> Geometry:
+    def geometry(self, wire_dtype: torch.dtype | None = None) -> Geometry:
         size = self.dtype.itemsize
-        return Geometry(heads=self.heads, head_dim=self.head_dim, model_bytes=size, sum_bytes=max(size, 4))
+        wire = None if wire_dtype is None else wire_dtype.itemsize
+        return Geometry(
+            heads=self.heads, head_dim=self.head_dim, model_bytes=size, sum_bytes=max(size, 4), wire_bytes=wire
+        )
 
 
 class Route:
@@ -85,7 +125,7 @@ class Route:
     def __init__(self, runtime: AttentionRuntime, shards: Sequence[RouteShard], serial: tuple[int, ...] = (0,)) -> None:
         self.runtime, self.shards, self.serial = runtime, tuple(shards), serial
         self._calls = {False: itertools.count(), True: itertools.count()}
-        self._programs: dict[tuple[LayerKey, bool], BoundProgram] = {}
+        self._programs: dict[tuple[LayerKey, bool], Bound] = {}
         self.handle = ROUTES.add(self)
         """int64 tensor of one element: how the route travels through the custom op."""
 
@@ -97,17 +137,24 @@ class Route:
     def next_serial(self, backward: bool) -> tuple[int, ...]:
         return (*self.serial, next(self._calls[backward]))
 
-    def program(self, key: LayerKey, backward: bool) -> BoundProgram:
+    def program(self, key: LayerKey, backward: bool) -> Bound:
+        """This rank's program of one direction, lowered on first use."""
         if (key, backward) not in self._programs:
+            runtime, wire = self.runtime, self.runtime.wire_dtype_for(key.dtype)
             lowered = self.lowered(key, backward)
-            self._programs[key, backward] = BoundProgram(lowered, key.geometry, key.dtype, self.runtime.workspace)
+            if runtime.backend(key.dtype).packs:
+                lowered = fuse(lowered)
+            bound = Bound(lowered, key.geometry(wire), key.dtype, runtime.workspace, wire)
+            self._programs[key, backward] = bound
         return self._programs[key, backward]
 
     def lowered(self, key: LayerKey, backward: bool) -> Lowered:
+        """The program as data, before it is bound to tensors."""
         tasks, row = [], 0
         for shard in self.shards:
             layout, member = self._layout(shard), shard.group.index(self.runtime.rank)
-            make = get_schedule(shard.schedule_backward).backward if backward else get_schedule(shard.schedule).forward
+            pair = get_pair(shard.schedule, shard.schedule_backward)
+            make = pair.backward if backward else pair.forward
             tasks.append(
                 Task(
                     sequence=shard.sequence,
@@ -120,10 +167,10 @@ class Route:
                 )
             )
             row += layout.shard_tokens(member)
-        return lower(tasks, key.geometry, backward)
+        return lower(tasks, key.geometry(self.runtime.wire_dtype_for(key.dtype)), backward)
 
     @staticmethod
-    def _layout(shard: RouteShard):  # noqa: ANN205 - Layout
+    def _layout(shard: RouteShard) -> Layout:
         return make_layout(shard.layout, shard.length, len(shard.group))
 
 

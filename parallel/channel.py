@@ -7,7 +7,9 @@ tensors are cut into pieces of about 1 MB, because one large send and one large 
 
 from __future__ import annotations
 
+import queue
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +31,9 @@ class Ticket:
 
     receives: list[tuple[Packet, dist.Work]] = field(default_factory=list)
     sends: list[tuple[Packet, dist.Work]] = field(default_factory=list)
+    arrived: threading.Event | None = None
+    """Set when the receives are done, or failed; None: nobody has asked yet."""
+    failure: Exception | None = None
 
 
 class TorchChannel:
@@ -48,6 +53,8 @@ class TorchChannel:
         self.is_waiting = False
         """Whether the rank is blocked in a transfer just now."""
         self._grouped = bool(lanes) and dist.get_backend(lanes[0]) == dist.Backend.NCCL
+        self.can_ask = not self._grouped
+        self._questions: queue.SimpleQueue[Ticket] | None = None
 
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
         for _, tensor in sends:
@@ -91,8 +98,33 @@ class TorchChannel:
             (ticket.receives if has_receives else ticket.sends).extend((mine[-1][0], work) for work in works)
         return ticket
 
+    def has_received(self, ticket: Ticket) -> bool:
+        """Gloo only knows by waiting, so a thread waits for the tickets that were asked about."""
+        if ticket.arrived is None:
+            if not ticket.receives:
+                return True
+            ticket.arrived = threading.Event()
+            if self._questions is None:
+                self._questions = queue.SimpleQueue()
+                threading.Thread(
+                    target=_await_receives, args=(self._questions,), name="hdp-receives", daemon=True
+                ).start()
+            self._questions.put(ticket)
+        return ticket.arrived.is_set()
+
     def wait_receives(self, ticket: Ticket) -> None:
-        self._wait(ticket.receives, "receiving")
+        if ticket.arrived is None:
+            self._wait(ticket.receives, "receiving")
+        elif ticket.receives:
+            start = time.perf_counter()
+            self.is_waiting = True
+            try:
+                ticket.arrived.wait()
+            finally:
+                self.is_waiting = False
+            self.waited.append((start, time.perf_counter()))
+            if ticket.failure is not None:
+                raise self._error("receiving", ticket.receives[0][0], ticket.failure) from ticket.failure
         ticket.receives.clear()
 
     def wait_sends(self, ticket: Ticket) -> None:
@@ -120,6 +152,23 @@ class TorchChannel:
             f"rank {self.rank}, {self.where}: {verb} {packet.what!r} of sequence {packet.sequence}"
             f" {direction} rank {packet.peer} failed: {first_line(error)}"
         )
+
+
+def _await_receives(questions: queue.SimpleQueue[Ticket]) -> None:
+    """Waits for the receives of one ticket after the other; a ticket's own thread-safe event says when."""
+    while True:
+        ticket = questions.get()
+        assert ticket.arrived is not None
+        try:
+            for number, (_, work) in enumerate(ticket.receives):
+                try:
+                    work.wait()
+                except RuntimeError as error:
+                    ticket.failure = error
+                    ticket.receives[:] = ticket.receives[number : number + 1]
+                    break
+        finally:
+            ticket.arrived.set()
 
 
 def _pieces(tensor: Tensor) -> list[Tensor]:

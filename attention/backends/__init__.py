@@ -1,71 +1,113 @@
-"""Backends compute one rectangle of attention and return (out, lse).
+"""Backends compute rectangles of attention and return (out, lse).
 
-====================  ============================  =================  ==========================
-name                  where                         dtypes             needs
-====================  ============================  =================  ==========================
-``cpu``               CPU                           fp32, bf16, fp16   torch (aten's flash op)
-``reference``         any device, O(rows * keys)    all; exact         torch
-====================  ============================  =================  ==========================
+=================  ============  ================  ========  ========  =============  =============================
+name               where         dtypes            varlen    soft-cap  deterministic  needs
+=================  ============  ================  ========  ========  =============  =============================
+``cpu``            CPU           fp32 bf16 fp16    --        --        always         torch (aten's flash op)
+``flash_attn_2``   CUDA, sm_80+  bf16 fp16         fused     yes       on request     package flash-attn 2.6 or later
+``flash_attn_3``   CUDA, sm_90   bf16 fp16         fused     yes       on request     package flash_attn_3
+``flash_attn_4``   CUDA, sm_90+  bf16 fp16         fused     --        on request     flash_attn.cute (beta)
+``torch_varlen``   CUDA, sm_80+  bf16 fp16         fused     --        --             torch 2.13 or later
+``reference``      any           all, float64 too  fused     yes       always         torch; rows * keys memory
+=================  ============  ================  ========  ========  =============  =============================
 
-The choice is made once, by :func:`resolve_backend`, and can be overridden by name; a name that is unknown or cannot run
-here is an error, never a silent fallback.
+All take GQA and MQA, causal, bidirectional and windowed rectangles; none takes dropout. "fused": adjacent rectangles of a
+round are one variable-length call. "on request": ``torch.use_deterministic_algorithms(True)``, asked when the backend is made.
+
+The choice is made once, by :func:`resolve_backend`, and logged; it can be overridden by name. A name that is unknown or
+cannot run here is an error, never a silent fallback.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
-from torch import Tensor
 
-from hdp.attention.mask import Shape
+from hdp.attention.backends.protocol import Backend as Backend
+from hdp.attention.backends.protocol import Scoring as Scoring
 
-
-class Backend(Protocol):
-    """Computes one rectangle. Rows are [rows, heads, head_dim] and [rows, heads]; there is no batch dimension."""
-
-    name: str
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, scale: float) -> tuple[Tensor, Tensor]:
-        """Partial (out, lse) of q [rows, heads, head_dim] over k, v [keys, key_heads, head_dim].
-
-        out has q's dtype, or fp32; lse [rows, heads] is fp32 (float64 for float64 inputs), natural logarithm.
-        """
-        ...
-
-    def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        out: Tensor | None,
-        delta: Tensor | None,
-        shape: Shape,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Partial (dq, dk, dv). lse and out (or delta = sum(do * out), [rows, heads]) are the final, global ones."""
-        ...
+logger = logging.getLogger("hdp")
 
 
+def _cpu(device: torch.device) -> Backend:
+    from hdp.attention.backends.cpu import CpuBackend
+
+    if device.type != "cpu":
+        raise ValueError("it runs on the CPU only")
+    return CpuBackend()
+
+
+def _reference(device: torch.device) -> Backend:
+    from hdp.attention.backends.reference import ReferenceBackend
+
+    return ReferenceBackend()
+
+
+def _flash(version: int) -> Callable[[torch.device], Backend]:
+    def make(device: torch.device) -> Backend:
+        from hdp.attention.backends.flash import flash_attn
+
+        return flash_attn(version, device)
+
+    return make
+
+
+def _varlen(device: torch.device) -> Backend:
+    from hdp.attention.backends.flash import torch_varlen
+
+    return torch_varlen(device)
+
+
+MAKERS: dict[str, Callable[[torch.device], Backend]] = {
+    "cpu": _cpu,
+    "flash_attn_4": _flash(4),
+    "flash_attn_3": _flash(3),
+    "flash_attn_2": _flash(2),
+    "torch_varlen": _varlen,
+    "reference": _reference,
+}
+"""Each raises ValueError, or ImportError, where its backend cannot run. In the order in which ``auto`` tries them."""
+FAMILIES = {"flash_attn": ("flash_attn_3", "flash_attn_2", "flash_attn_4")}
+"""Names that stand for the first of some backends that runs."""
+AUTO = {"cpu": ("cpu",), "cuda": ("flash_attn_3", "flash_attn_2", "torch_varlen")}
+
+
+def backend_names() -> tuple[str, ...]:
+    """All names that :func:`resolve_backend` knows."""
+    return ("auto", *FAMILIES, *MAKERS)
+
+
+@lru_cache(maxsize=64)
 def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend called ``name``; ``"auto"`` picks the fastest that runs on this device with this dtype.
 
     Raises ValueError for an unknown name, or for one that cannot run here.
     """
-    from hdp.attention.backends.cpu import CpuBackend
-    from hdp.attention.backends.reference import ReferenceBackend
-
+    if name not in backend_names():
+        raise ValueError(f"unknown attention backend {name!r}: choose one of {', '.join(backend_names())}")
     if name == "auto":
-        fast = device.type == "cpu" and dtype in CpuBackend.dtypes
-        name = "cpu" if fast else "reference" if dtype == torch.float64 else ""
-        if not name:
-            raise ValueError(f"no attention backend runs {dtype} on {device}: choose one by name")
-    if name == "reference":
-        return ReferenceBackend()
-    if name == "cpu":
-        if device.type != "cpu" or dtype not in CpuBackend.dtypes:
-            raise ValueError(f"attention backend 'cpu' runs fp32, bf16 and fp16 on the CPU, not {dtype} on {device}")
-        return CpuBackend()
-    raise ValueError(f"unknown attention backend {name!r}: choose one of auto, cpu, reference")
+        candidates = ("reference",) if dtype == torch.float64 else AUTO.get(device.type, ())
+    else:
+        candidates = FAMILIES.get(name, (name,))
+    reasons = []
+    for candidate in candidates:
+        try:
+            backend = _make(candidate, device, dtype)
+        except (ValueError, ImportError) as error:
+            reasons.append(f"{candidate}: {error}")
+            continue
+        logger.info("attention backend for %s on %s: %s (%s)", dtype, device, backend.name, backend.kernel)
+        return backend
+    why = "; ".join(reasons) or "no backend is made for this device"
+    raise ValueError(f"attention backend {name!r} cannot run {dtype} on {device} ({why}); 'reference' runs everywhere")
+
+
+def _make(name: str, device: torch.device, dtype: torch.dtype) -> Backend:
+    backend = MAKERS[name](device)
+    if dtype not in backend.dtypes:
+        known = ", ".join(str(d).removeprefix("torch.") for d in backend.dtypes)
+        raise ValueError(f"it computes in {known}")
+    return backend

@@ -1,0 +1,87 @@
+"""What the executor asks of a backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hdp.attention.mask import Shape
+
+Cuts = tuple[Tensor, Tensor, int, int]
+"""Several rectangles in one call: cumulative rows and keys (``cu_seqlens``, int32), longest rows and keys."""
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a score becomes a weight."""
+
+    scale: float
+    """Factor on q . k."""
+    softcap: float = 0.0
+    """Scores become softcap * tanh(score / softcap); 0: they stay as they are."""
+
+
+class Backend(ABC):
+    """Computes rectangles of attention. Rows are [rows, heads, head_dim] and [rows, heads]; there is no batch dimension."""
+
+    name: str
+    kernel: str
+    """What runs, with its version, for the log."""
+    dtypes: tuple[torch.dtype, ...]
+    packs = False
+    """Whether several rectangles can be one call (``cuts``)."""
+    softcaps = False
+    """Whether it knows a soft-cap."""
+
+    @abstractmethod
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, scoring: Scoring, cuts: Cuts | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Partial (out, lse) of q [rows, heads, head_dim] over k, v [keys, key_heads, head_dim].
+
+        out has q's dtype, or fp32; lse [rows, heads] is fp32 (float64 for float64 inputs), natural logarithm.
+        """
+
+    @abstractmethod
+    def backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lse: Tensor,
+        out: Tensor | None,
+        delta: Tensor | None,
+        shape: Shape,
+        scoring: Scoring,
+        cuts: Cuts | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Partial (dq, dk, dv). lse and out (or delta = sum(do * out), [rows, heads]) are the final, global ones."""
+
+    def check(self, scoring: Scoring) -> None:
+        """Raises ValueError for what this backend cannot compute."""
+        if scoring.softcap and not self.softcaps:
+            raise ValueError(
+                f"attention backend {self.name!r} has no logit soft-cap (this layer asks for {scoring.softcap}):"
+                " choose backend='flash_attn' on a GPU, or 'reference'"
+            )
+
+
+def refuse_cuts(backend: Backend, cuts: Cuts | None) -> None:
+    """For backends that take one rectangle a call."""
+    assert cuts is None, f"backend {backend.name} was given several rectangles at once"
+
+
+def aligned_out(do: Tensor, delta: Tensor) -> Tensor:
+    """An ``out`` with sum(do * out) = delta: for queries that travelled with delta instead of their output.
+
+    The kernel reads out only through that sum. The vector along ``do`` is the shortest with this product, so rounding it
+    to the model's dtype changes the sum no more than rounding the true out does.
+    """
+    wide = do.to(delta.dtype)
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    unit = wide / norm.clamp_min(torch.finfo(delta.dtype).tiny)
+    return (unit * (delta.unsqueeze(-1) / norm.clamp_min(torch.finfo(delta.dtype).tiny))).to(do.dtype)
