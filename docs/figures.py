@@ -17,8 +17,8 @@ from hdp.report.recording import read_step
 from hdp.report.timeline import draw_steps
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE = 2  # the step that is drawn; the first ones warm up
-BATCH = ["--max-length", "8192", "--capacity", "4096", "--tokens-per-step", "32768"]
+PICTURE = 1  # the step that is drawn; the first one warms up
+BATCH = ["--max-length", "8192", "--capacity", "4096", "--tokens-per-step", "24576"]
 PLANNERS = ("static", "naive")
 
 
@@ -26,7 +26,7 @@ def measure(planner: str, runs: Path) -> Path:
     """Trains a few steps under two ranks and returns the run's folder."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     report = ["--steps", str(PICTURE + 1), "--picture", str(PICTURE), "--runs", str(runs), "--name", planner]
-    script = [str(ROOT / "examples" / "finetune.py"), "--planner", planner, "--held-out-tokens", "8192"]
+    script = [str(ROOT / "examples" / "finetune.py"), "--planner", planner, "--held-out-tokens", "2048"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     subprocess.run([*launcher, *script, *BATCH, *report], check=True, env=environment, cwd=ROOT)
     return runs / planner

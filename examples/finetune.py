@@ -16,6 +16,7 @@ import math
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import hdp
@@ -104,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     world = hdp.init(timeout=args.timeout)
     torch.manual_seed(args.seed)  # the same weights on every rank
+    if world.rank != 0:
+        transformers.logging.disable_progress_bar()
 
     documents = hdp.data.open_documents(
         args.data, tokenizer=args.tokenizer, text_column=args.text_column, max_length=args.max_length

@@ -21,7 +21,7 @@ import hdp.report
 SETTINGS = {
     "--max-length": "768",  # longer than one rank's capacity: such documents are spread over both
     "--capacity": "512",
-    "--tokens-per-step": "2048",
+    "--tokens-per-step": "2304",
     "--held-out-tokens": "1536",
     "--steps": "6",
     "--lr": "1e-4",
