@@ -5,10 +5,10 @@
     result.tokens_per_second
 
 A linear layer of ``n`` weights costs ``2 n`` FLOPs a token forward, ``2 n`` for the gradient of its input and ``2 n`` for that
-of its weights, if they are trained. Attention costs ``2 d_qk + 2 d_v`` for each head and each pair of a query and a key that it
-may see (QK^T and PV; how many key heads there are does not matter), and twice that backward. A document of ``s`` tokens
-has ``s (s + 1) / 2`` pairs, so a batch has half the *sum of squares* of its lengths. The square of the packed length, which many scripts
-use, counts pairs that no kernel computes, and shows utilisations above 1.
+of its weights, if they are trained. Attention costs ``2 d_qk + 2 d_v`` for each head and each pair of a query and a key
+that it may see (QK^T and PV; how many key heads there are does not matter), and twice that backward. A document of ``s``
+tokens has ``s (s + 1) / 2`` pairs, so a batch has half the *sum of squares* of its lengths. The square of the packed
+length, which many scripts use, counts pairs that no kernel computes, and shows utilisations above 1.
 
 Recomputation is not counted (that would be hardware FLOPs), neither are embeddings, norms, activations and the optimizer.
 """

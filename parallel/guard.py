@@ -25,8 +25,11 @@ from hdp.parallel.channel import TorchChannel, first_line
 from hdp.parallel.errors import PeerError
 
 BEAT_SECONDS = 1.0
-SILENCE_SECONDS = 3.5
-"""A rank whose sign of life has not changed for so long is called dead."""
+"""A rank that does not move gives a sign of life so often; one that moves, up to four times as often."""
+SILENCE_BEATS = 3.5
+"""A rank whose sign of life has not changed for so many beats is called dead."""
+WRITES_PER_SECOND = 4000
+"""Signs of life that all ranks together write to the store at most; in larger worlds they become rarer."""
 POLL_SECONDS = 0.2
 """How often a rank in search of a cause looks for word of one."""
 SHOWN = 8
@@ -40,9 +43,9 @@ class Sign:
     beat: int
     where: str
     waiting: bool
-    """Blocked in a transfer: whatever is wrong, it is not this rank's fault."""
-    left: bool
-    """It has closed its world."""
+    """Blocked in a transfer, or in search of a cause itself: whatever is wrong, it is not this rank's fault."""
+    left: str = ""
+    """``"done"``: it has closed its world. ``"failed"``: after an error, which is then the news, not its absence."""
 
 
 class Guard:
@@ -50,6 +53,9 @@ class Guard:
 
     def __init__(self, rank: int, world_size: int, channel: TorchChannel) -> None:
         self.rank, self.world_size, self.channel = rank, world_size, channel
+        self.beat_seconds = max(BEAT_SECONDS, 4 * world_size / WRITES_PER_SECOND)
+        self._is_searching = False
+        self._has_failed = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._signals = _TermNotice(self._tell_place) if _is_main_thread() else None
@@ -88,7 +94,7 @@ class Guard:
             self._thread.join()
             self._thread = None
             with contextlib.suppress(RuntimeError):  # the store may have left before us
-                self._write(0, left=True)
+                self._write(0, left="failed" if self._has_failed else "done")
         if self._signals is not None:
             self._signals.close()
             self._signals = None
@@ -98,6 +104,7 @@ class Guard:
 
         Consequences of another rank's failure (PeerError) and of a signal (SystemExit, KeyboardInterrupt) are not news.
         """
+        self._has_failed = True
         if self.world_size > 1 and isinstance(error, Exception) and not isinstance(error, PeerError):
             with contextlib.suppress(RuntimeError):  # the store is gone, and with it those who could read this
                 self._leave_word(self.rank, f"rank {self.rank} failed: {type(error).__name__}: {first_line(error)}")
@@ -109,6 +116,7 @@ class Guard:
             own = f"rank {self.rank}, {self.channel.where}: {own}"
         causes: list[str] = []
         if self.world_size > 1:
+            self._has_failed = self._is_searching = True
             try:
                 causes = self._causes()
             except RuntimeError:
@@ -121,7 +129,8 @@ class Guard:
 
     def _causes(self) -> list[str]:
         before = self._read_all()
-        until = time.monotonic() + SILENCE_SECONDS
+        silence = SILENCE_BEATS * self.beat_seconds
+        until = time.monotonic() + silence
         while True:
             if words := self._words():
                 return words
@@ -129,16 +138,17 @@ class Guard:
                 break
             time.sleep(POLL_SECONDS)
         after = self._read_all()
-        others = [rank for rank in range(self.world_size) if rank != self.rank]
-        left = [f"rank {r} has left the job (its script ended, or closed its world)" for r in others if after[r].left]
-        silent = [r for r in others if not after[r].left and after[r].beat == before[r].beat]
-        for rank in silent:
-            text = f"rank {rank} is dead or stopped: no sign of life for {SILENCE_SECONDS} s, last seen at:"
-            self._leave_word(rank, f"{text} {after[rank].where}")
-        if silent or left:
-            return [*left, *self._words()][:SHOWN]
-        idle = [r for r in others if not after[r].waiting and after[r].where == before[r].where]
-        return [f"rank {r} lives but has not moved from: {after[r].where}" for r in idle[:SHOWN]]
+        others = [rank for rank in range(self.world_size) if rank != self.rank and after[rank].left != "failed"]
+        found = {r: "has left the job (its script ended, or closed its world)" for r in others if after[r].left}
+        for r in others:
+            if not after[r].left and after[r].beat == before[r].beat:
+                found[r] = f"is dead or stopped: no sign of life for {silence:.1f} s, last seen at: {after[r].where}"
+        if not found:
+            still = [r for r in others if not after[r].waiting and after[r].where == before[r].where]
+            found = {r: f"lives but has not moved from: {after[r].where}" for r in still}
+        for rank, what in list(found.items())[:SHOWN]:
+            self._leave_word(rank, f"rank {rank} {what}")
+        return self._words()
 
     def _leave_word(self, rank: int, text: str) -> None:
         """Notes the cause of a failure, the fault of ``rank``."""
@@ -166,16 +176,19 @@ class Guard:
     def _read(self, key: str) -> Sign:
         if self._store.check([key]):
             return Sign(**json.loads(self._store.get(key)))
-        return Sign(beat=-1, where="before hdp.init", waiting=False, left=False)
+        return Sign(beat=-1, where="before hdp.init", waiting=False)
 
-    def _write(self, beat: int, left: bool = False) -> None:
-        sign = Sign(beat=beat, where=self.channel.where, waiting=self.channel.is_waiting, left=left)
+    def _write(self, beat: int, left: str = "") -> None:
+        waiting = self._is_searching or self.channel.is_waiting
+        sign = Sign(beat=beat, where=self.channel.where, waiting=waiting, left=left)
         self._store.set(str(self.rank), json.dumps(sign.__dict__))
 
     def _beat(self) -> None:
-        beat = 0
-        while not self._stop.wait(BEAT_SECONDS):
-            beat += 1
+        beat, where, last = 0, "", time.monotonic()
+        while not self._stop.wait(self.beat_seconds / 4):
+            if where == self.channel.where and time.monotonic() - last < self.beat_seconds:
+                continue
+            beat, where, last = beat + 1, self.channel.where, time.monotonic()
             try:
                 self._write(beat)
             except RuntimeError:

@@ -1,0 +1,273 @@
+"""One process of benchmarks/training.py; prints one JSON object on rank 0."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import hdp
+from hdp.balance import CostModel, Link, Topology
+
+VOCABULARY = 2048
+
+
+def small_llama(attention: str, layers: int = 4, hidden: int = 256) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=16384,
+        use_cache=False,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+def peak_bytes() -> int:
+    """Largest resident size of this process since the last :func:`reset_peak`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def reset_peak() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+# ---------------------------------------------------------------- tax
+
+DOCUMENTS, DOCUMENT_TOKENS, MICRO_BATCHES = 16, 512, 2
+
+
+class PlainStep:
+    """A step as people write it: FSDP2, padded batches, the model's own loss."""
+
+    def __init__(self, world: hdp.World) -> None:
+        self.world = world
+        self.model = small_llama("sdpa")
+        for layer in self.model.model.layers:
+            fully_shard(layer, mesh=world.mesh["hdp"], reshard_after_forward=False)
+        fully_shard(self.model, mesh=world.mesh["hdp"], reshard_after_forward=False)
+        assert isinstance(self.model, FSDPModule)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+
+    def __call__(self, documents: list[Tensor]) -> float:
+        mine = documents[self.world.rank :: self.world.world_size]
+        size = len(mine) // MICRO_BATCHES
+        start = time.perf_counter()
+        for i in range(MICRO_BATCHES):
+            last = i == MICRO_BATCHES - 1
+            self.model.set_requires_gradient_sync(last)
+            self.model.set_reshard_after_backward(last)
+            ids = torch.stack(mine[i * size : (i + 1) * size])
+            (self.model(input_ids=ids, labels=ids).loss / MICRO_BATCHES).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+class HdpStep:
+    """The same step through the engine."""
+
+    def __init__(self, world: hdp.World) -> None:
+        self.world = world
+        self.engine = hdp.shard(small_llama("hdp"), world)
+        self.optimizer = torch.optim.AdamW(self.engine.parameters(), lr=1e-4)
+
+    def __call__(self, documents: list[Tensor]) -> float:
+        capacity = DOCUMENT_TOKENS * DOCUMENTS // MICRO_BATCHES // self.world.world_size
+        loader = hdp.Loader(
+            documents, self.world, tokens_per_step=DOCUMENTS * DOCUMENT_TOKENS, capacity=capacity, cost=local_cost()
+        )
+        batch = next(iter(loader))
+        assert set(batch.plan.group_sizes()) == {1}, batch.plan.describe_groups()
+        start = time.perf_counter()
+        self.engine.forward_backward(batch)
+        self.engine.clip_grad_norm_(1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+def local_cost() -> CostModel:
+    """A machine on which sharing a short document never pays."""
+    return CostModel(
+        layers=4, quadratic=1e-9, linear=1e-5, constant=1e-3, ring_bytes=1024.0, ring_bytes_backward=2048.0
+    )
+
+
+def short_documents(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randint(0, VOCABULARY, (DOCUMENT_TOKENS,), generator=generator) for _ in range(DOCUMENTS)]
+
+
+def tax_time(world: hdp.World, options: argparse.Namespace) -> dict:
+    plain, ours = PlainStep(world), HdpStep(world)
+    times: dict[str, list[float]] = {"plain": [], "hdp": []}
+    for step in range(options.repeats + 2):
+        documents = short_documents(step)
+        order = [("plain", plain), ("hdp", ours)]
+        for name, run in order if step % 2 else reversed(order):
+            seconds = run(documents)  # type: ignore[operator]
+            if step >= 2:
+                times[name].append(seconds)
+    return times
+
+
+def tax_memory(world: hdp.World, options: argparse.Namespace) -> dict:
+    run = PlainStep(world) if options.kind == "plain" else HdpStep(world)
+    base = reset_peak()
+    for step in range(4):
+        run(short_documents(step))
+    return {"bytes": peak_bytes() - base}
+
+
+# ---------------------------------------------------------------- loss
+
+
+def loss_memory(options: argparse.Namespace) -> dict:
+    from hdp.parallel.loss import loss_sum
+
+    torch.set_num_threads(1)
+    width, vocabulary = 256, 32768
+    weight = (0.02 * torch.randn(vocabulary, width)).requires_grad_()
+    loss_sum(torch.randn(64, width, requires_grad=True), weight, None, torch.zeros(64, dtype=torch.int64)).backward()
+    weight.grad = None
+    hidden = torch.randn(options.tokens, width, requires_grad=True)
+    hidden.grad = torch.zeros_like(hidden).fill_(0.0)  # its gradient's room is there beforehand
+    labels = torch.randint(0, vocabulary, (options.tokens,))
+    base = reset_peak()
+    if options.kind == "chunked":
+        loss = loss_sum(hidden, weight, None, labels)
+    else:
+        loss = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="sum")
+    loss.backward()
+    gradient = hidden.numel() * hidden.element_size()  # the one that is added to hidden.grad
+    return {"bytes": peak_bytes() - base - gradient}
+
+
+# ---------------------------------------------------------------- long-tailed batch
+
+CAPACITY = 2048
+LENGTHS = [7000, 2000, 1700, 1300, 900, 700, 600, 500, 400, 400, 300, 300, *[200] * 6, *[120] * 8, *[60] * 10]
+
+
+def long_tail() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, VOCABULARY, (n,), generator=generator) for n in LENGTHS]
+
+
+def fit(world: hdp.World) -> dict:
+    """Seconds of a whole local micro-batch, forward and backward, by length: least squares of a s^2 + b s + c."""
+    engine = hdp.shard(small_llama("hdp"), world)
+    lengths = (64, 256, 512, 1024, 2048)
+    seconds = []
+    for length in lengths:
+        documents = [torch.zeros(length, dtype=torch.int64)] * world.world_size
+        loader = hdp.Loader(documents, world, tokens_per_step=length * world.world_size, capacity=length, planner=whole)
+        batch = next(iter(loader))
+        runs = [engine.forward_backward(batch).busy_seconds[world.rank] for _ in range(4)]
+        seconds.append(statistics.median(runs[1:]))
+    columns = np.array([[n * n, n, 1.0] for n in lengths]) / np.array(seconds)[:, None]
+    a, b, c = np.linalg.lstsq(columns, np.ones(len(lengths)), rcond=None)[0]
+    return {"quadratic": max(float(a), 0.0), "linear": max(float(b), 1e-9), "constant": max(float(c), 0.0)}
+
+
+def whole(lengths, *, world_size: int, capacity: int, **_) -> hdp.Plan:
+    groups = [(i % world_size,) for i in range(len(lengths))]
+    slots = [i // world_size for i in range(len(lengths))]
+    return hdp.Plan.from_groups(
+        lengths, groups, slots, world_size=world_size, capacity=capacity, regime="step", planner="whole"
+    )
+
+
+def cost_model(fitted: dict, layers: int = 4) -> CostModel:
+    """Forward shares of the fitted times: attention 1 / 3.5 of its part, all else 1 / 3."""
+    kv_bytes = 2 * 4 * 32 * 4  # K and V, 4 heads of 32, fp32
+    return CostModel(
+        layers=layers,
+        quadratic=fitted["quadratic"] / 3.5 / layers,
+        linear=fitted["linear"] / 3 / layers,
+        constant=fitted["constant"] / layers,
+        ring_bytes=kv_bytes,
+        ring_bytes_backward=2 * kv_bytes,
+    )
+
+
+def steps(world: hdp.World, options: argparse.Namespace) -> dict:
+    engine = hdp.shard(small_llama("hdp"), world, regime=options.regime)
+    optimizer = torch.optim.AdamW(engine.parameters(), lr=1e-4)
+    plan_options: dict = {}
+    if options.fit:
+        link = Link(bandwidth=options.rate, latency=2e-4)
+        plan_options = {
+            "cost": cost_model(json.loads(options.fit)),
+            "topology": Topology(world_size=world.world_size, ranks_per_node=1, intra=link, inter=link),
+        }
+    loader = hdp.Loader(
+        long_tail(),
+        world,
+        tokens_per_step=sum(LENGTHS),
+        capacity=CAPACITY,
+        planner=options.planner,
+        regime=options.regime,
+        seed=None,
+        steps=options.repeats + 1,
+        **plan_options,
+    )
+    seconds, waiting, sent, groups = [], [], 0, ""
+    for batch in loader:
+        before = world.channel.sent_bytes
+        result = engine.forward_backward(batch)
+        engine.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if batch.step:
+            seconds.append(result.seconds)
+            waiting.append(result.waiting_share)
+        sent, groups = world.channel.sent_bytes - before, batch.plan.describe_groups()
+    return {"seconds": seconds, "waiting": statistics.median(waiting), "sent_bytes": sent, "groups": groups}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["tax-time", "tax-memory", "loss-memory", "fit", "steps"])
+    parser.add_argument("--kind", default="hdp")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--planner", default="auto")
+    parser.add_argument("--regime", default="step")
+    parser.add_argument("--fit", default="")
+    parser.add_argument("--rate", type=float, default=1e9, help="bytes per second of a link, for the planner")
+    options = parser.parse_args()
+    if options.part == "loss-memory":
+        print(json.dumps(loss_memory(options)))
+        return
+    with hdp.init(timeout=300) as world:
+        if options.part == "tax-time":
+            result = tax_time(world, options)
+        elif options.part == "tax-memory":
+            result = tax_memory(world, options)
+        elif options.part == "fit":
+            result = fit(world)
+        else:
+            result = steps(world, options)
+        if world.rank == 0:
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
