@@ -274,7 +274,7 @@ def slots(draw: st.DrawFn) -> tuple[list[SharedSequence], list[SharedSequence]]:
     return forward, backward
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(slots())
 def test_any_mix_of_sequences_in_one_slot_completes(slot: tuple[list[SharedSequence], list[SharedSequence]]) -> None:
     for direction in slot:
