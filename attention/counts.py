@@ -38,16 +38,15 @@ class Sizes:
 
     def per_token(self, kind: Kind, final: bool = False) -> int:
         """Bytes of one token and head (key/value head for KV, DKV) of a message."""
-        travelling = self.model_bytes if self.input_bytes is None else self.input_bytes
+        if kind is Kind.Q or kind is Kind.KV:
+            travelling = self.model_bytes if self.input_bytes is None else self.input_bytes
+            return self.head_dim * travelling * (1 + kind.is_per_key)
+        if kind is Kind.DO:
+            return self.head_dim * self.model_bytes + 2 * self.sum_bytes
         result = self.head_dim * (self.model_bytes if final else self.sum_bytes)
-        return {
-            Kind.Q: self.head_dim * travelling,
-            Kind.KV: 2 * self.head_dim * travelling,
-            Kind.DO: self.head_dim * self.model_bytes + 2 * self.sum_bytes,
-            Kind.OUT: result + self.sum_bytes,
-            Kind.DQ: result,
-            Kind.DKV: 2 * result,
-        }[kind]
+        if kind is Kind.OUT:
+            return result + self.sum_bytes
+        return result * (1 + kind.is_per_key)
 
 
 @dataclass(frozen=True, kw_only=True)

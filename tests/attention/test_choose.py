@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdp.attention.choose import Case, Links, Prediction, Rates, candidates, choose, predict
-from hdp.attention.counts import Sizes
+from hdp.attention.counts import Sizes, count
+from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
+from hdp.attention.schedules import get_schedule
 
 LENGTH = 32768
 
@@ -190,3 +192,24 @@ def test_more_communication_never_looks_faster() -> None:
 def test_nonsense_is_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["ring", "direct", "hybrid:2", "hybrid:4", "double_ring:4", "ulysses"])
+def test_memory_is_that_of_the_member_that_holds_most(name: str) -> None:
+    c = case(size=8, heads=(5, 1))
+    layout = make_layout("zigzag", LENGTH, 8)
+    for backward in (False, True):
+        make = get_schedule(name).backward if backward else get_schedule(name).forward
+        found = [
+            count(make(layout, c.mask, c.heads, m), layout, c.mask, c.heads, m, c.sizes, backward) for m in range(8)
+        ]
+        predicted = predict(name, c, backward=backward)
+        assert predicted.peak_bytes == max(f.peak_bytes for f in found)
+        assert predicted.kept_bytes == max(f.kept_bytes for f in found)
+        assert predicted.sent_bytes == max(f.sent_bytes for f in found)
+
+
+def test_a_window_longer_than_the_sequence_is_none() -> None:
+    wide, none = case(mask=Mask(window=LENGTH)), case()
+    assert predict("ring", wide, backward=False) == predict("ring", none, backward=False)
+    assert predict("ring", case(mask=Mask(window=64)), backward=False).seconds < 1
