@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hdp.balance.planners.problem import Problem
 from hdp.balance.plan import IntArray
+from hdp.balance.planners.problem import Problem
 
 
 def fewest_ranks(problem: Problem, sequences: IntArray, ticks: int) -> tuple[IntArray, IntArray]:

@@ -8,8 +8,8 @@ namespace planner {
 
 class SlotSearch {
  public:
-  SlotSearch(const Machine& machine, const Sequences& seq, i64 constant)
-      : machine_(machine), seq_(seq), constant_(constant) {}
+  SlotSearch(const Machine& machine, const Sequences& seq, i64 constant, int outlook)
+      : machine_(machine), seq_(seq), outlook_(outlook), constant_(constant) {}
 
   Assignment run(int effort) {
     Assignment plan;
@@ -40,10 +40,11 @@ class SlotSearch {
 
   const Machine& machine_;
   const Sequences& seq_;
+  int outlook_;
   i64 constant_;  // ticks of one micro-batch whatever it holds
 
   // Durations in turn, each first with the fewest shared sequences, then with many. The more were tried, the sooner one
-  // is good enough: idle time of 1/512 of the work at first, eight times that after a dozen.
+  // is good enough: idle time of 1/512 of the work at first, more with every pair tried.
   Slot best_slot(const std::vector<int>& left, int effort) const {
     Slot best;
     int tried = 0;
@@ -52,7 +53,7 @@ class SlotSearch {
         Slot slot = fill(left, target, spread_from);
         if (slot.useful > 0 && better(slot, best)) best = std::move(slot);
         ++tried;
-        if (best.useful > 0 && idle(best) * 512 < static_cast<__int128>(best.useful) * (1 + tried / 2)) return best;
+        if (best.useful > 0 && idle(best) * 512 < static_cast<__int128>(best.useful) * (1 + tried / 4)) return best;
       }
       if (tried >= effort && best.useful > 0) break;
     }
@@ -76,9 +77,15 @@ class SlotSearch {
     return slot;
   }
 
+  // Of two ways to fill a slot the one that idles less: by what it gets done, or in sum, with what is left expected to
+  // idle by `outlook_` 64ths of its work.
   bool better(const Slot& a, const Slot& b) const {
     if (b.useful == 0) return true;
-    const __int128 left = idle(a) * b.useful, right = idle(b) * a.useful;
+    __int128 left = idle(a) * b.useful, right = idle(b) * a.useful;
+    if (outlook_ >= 0) {
+      left = idle(a) * 64 - static_cast<__int128>(a.useful) * outlook_;
+      right = idle(b) * 64 - static_cast<__int128>(b.useful) * outlook_;
+    }
     return left != right ? left < right : a.useful > b.useful;
   }
 
@@ -130,7 +137,18 @@ class SlotSearch {
 };
 
 inline Assignment plan_slot(const Machine& machine, const Sequences& seq, i64 constant, int effort) {
-  return SlotSearch(machine, seq, constant).run(effort);
+  __int128 work = 0;
+  for (i64 ticks : seq.work) work += ticks;
+  // Few sequences, or much idle time: other outlooks are affordable, or worth it.
+  Assignment best;
+  int runs = 0;
+  for (int outlook : {-1, 4, 0, 16}) {
+    Assignment plan = SlotSearch(machine, seq, constant, outlook).run(effort);
+    if (plan.makespan < best.makespan) best = std::move(plan);
+    const __int128 idle = static_cast<__int128>(best.makespan) * machine.world - work;
+    if (idle * 128 < work || (++runs >= 1 && seq.count > 2048)) break;
+  }
+  return best;
 }
 
 }  // namespace planner

@@ -8,6 +8,8 @@ limit, so the plan may differ between machines: plan on one rank and broadcast.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from hdp.balance.evaluate import evaluate
@@ -94,7 +96,7 @@ def _buckets(lengths: IntArray) -> list[IntArray]:
         edges.append(int(parent[k]))
         k = edges[-1] - 1
     cuts = [int(total[points[e]]) for e in sorted({0, *edges})]
-    return [np.arange(a, b) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [np.arange(a, b) for a, b in itertools.pairwise(cuts)]
 
 
 def _solve(problem: Problem, chosen: IntArray) -> dict[int, tuple[int, ...]] | None:

@@ -1,0 +1,111 @@
+"""What the simulator has to know about a cluster beyond its topology."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from hdp.balance.models import ModelShape
+from hdp.balance.plan import PlanError
+from hdp.balance.topology import Topology
+
+SHARDINGS = ("none", "replicated", "sharded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Ranks, links and how parameters are kept on them. The planned world is that of one pipeline stage."""
+
+    topology: Topology
+    ranks_per_nic: int = 1
+    """Ranks of a node that share one NIC; it has their added bandwidth, which one alone may use."""
+    sharding: str = "none"
+    """``"none"``: no collectives. ``"replicated"``: gradients are all-reduced behind the last backward (DDP, ZeRO-1).
+    ``"sharded"``: parameters are gathered and gradients reduce-scattered (FSDP2, ZeRO-3): once a step, or layer by layer in
+    every slot, as the plan's regime says."""
+    parameter_bytes: float = 0.0
+    """Of all parameters of one stage, as they are gathered."""
+    gradient_bytes: float = 0.0
+    """Of all gradients of one stage, as they are reduced."""
+    prefetch: bool = True
+    """Layers are gathered while earlier ones compute. False: all are gathered before the first one computes (gloo)."""
+    stages: int = 1
+    """Pipeline stages, each on nodes of its own, scheduled one forward, one backward."""
+    stage_token_bytes: float = 0.0
+    """Bytes that a token's activations take from stage to stage, one way."""
+    round_seconds: float = 0.0
+    """Time of the host for one round of one layer's attention program."""
+    shape: ModelShape | None = None
+    """The model's shape, for schedules other than the ring, whose bytes depend on its heads."""
+    element_bytes: int = 2
+    """Bytes of an element of queries, keys and values, for schedules other than the ring."""
+
+    def __post_init__(self) -> None:
+        if self.sharding not in SHARDINGS:
+            raise PlanError(f"unknown sharding {self.sharding!r}: choose one of {', '.join(SHARDINGS)}")
+        for name in ("ranks_per_nic", "stages"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise PlanError(f"{name} is {value!r}: give a whole number of at least 1")
+        for name in ("parameter_bytes", "gradient_bytes", "stage_token_bytes", "round_seconds"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise PlanError(f"{name} is {value}: give zero or a positive number")
+        if self.sharding != "none" and not self.gradient_bytes:
+            raise PlanError(
+                f"sharding {self.sharding!r} reduces gradients: give gradient_bytes, or take Cluster.of_model"
+            )
+
+    @classmethod
+    def of_model(
+        cls,
+        shape: ModelShape,
+        topology: Topology,
+        *,
+        sharding: str = "sharded",
+        stages: int = 1,
+        parameter_element: int = 2,
+        gradient_element: int = 4,
+        **fields: object,
+    ) -> Cluster:
+        """With the bytes of a model: bf16 parameters, gradients reduced in fp32 unless said otherwise."""
+        if shape.layers % stages:
+            raise PlanError(f"{shape.layers} layers do not divide into {stages} stages: choose a divisor")
+        return cls(
+            topology=topology,
+            sharding=sharding,
+            stages=stages,
+            parameter_bytes=shape.parameters * parameter_element / stages,
+            gradient_bytes=shape.parameters * gradient_element / stages,
+            stage_token_bytes=float(shape.hidden * parameter_element),
+            shape=shape,
+            **fields,  # type: ignore[arg-type]
+        )
+
+    @property
+    def nics_per_node(self) -> int:
+        return -(-self.topology.node_size // self.ranks_per_nic)
+
+    def collective_seconds(self, size: float, layers: int) -> float:
+        """An all-gather or reduce-scatter of ``size`` bytes in ``layers`` calls over one stage's ranks.
+
+        Bandwidth-optimal on two levels, all NICs of a node at once; as many hops of latency as a tree is deep.
+        """
+        topology = self.topology
+        node, nodes = topology.node_size, topology.nodes
+        inside = size * (node - 1) / node / topology.intra.bandwidth
+        across = size * (nodes - 1) / nodes / (node * topology.inter.bandwidth)
+        depth = (
+            math.ceil(math.log2(node)) * topology.intra.latency + math.ceil(math.log2(nodes)) * topology.inter.latency
+        )
+        return max(inside, across) + layers * depth
+
+    def gather_seconds(self, layers: int) -> float:
+        """All parameters of a stage, once."""
+        return self.collective_seconds(self.parameter_bytes, layers) if self.sharding == "sharded" else 0.0
+
+    def reduce_seconds(self, layers: int) -> float:
+        """All gradients of a stage, once."""
+        if self.sharding == "none":
+            return 0.0
+        return self.collective_seconds(self.gradient_bytes, layers) * (2 if self.sharding == "replicated" else 1)

@@ -1,0 +1,250 @@
+"""Runs one step of a plan on a cluster and says where its time went."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hdp import _simulator
+from hdp.balance.cost import TICK, CostModel, Costs
+from hdp.balance.plan import IntArray, Plan, PlanError
+from hdp.balance.simulator.cluster import Cluster
+from hdp.balance.simulator.steps import (
+    FIRST,
+    GATHERS,
+    REDUCES,
+    Exchanges,
+    MicroBatches,
+    exchanges,
+    micro_batches,
+    one_forward_one_backward,
+)
+
+ROUNDS = 4_000_000
+"""Rounds that one simulation aims at; layers are run in fewer, thicker pieces to keep to it."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Simulation:
+    """One step. Operations are forward or backward passes of one micro-batch on one rank of one stage."""
+
+    ticks: int
+    """The whole step, in ticks of 2^-32 s."""
+    busy: IntArray
+    """[stages x world] ticks in which a rank computes."""
+    finish: IntArray
+    """[stages x world] when a rank is done."""
+    rank: IntArray
+    """[operations]"""
+    stage: IntArray
+    slot: IntArray
+    """-1: the closing micro-batch in which gradients are reduced."""
+    is_backward: NDArray[np.bool_]
+    begin: IntArray
+    """[operations] in ticks."""
+    end: IntArray
+    nic_busy: IntArray
+    """[NICs] ticks in which it sends messages of attention."""
+    events: int
+    messages: int
+    pieces: int
+    """Pieces that the layers of a pass were run in."""
+
+    @property
+    def seconds(self) -> float:
+        return self.ticks * TICK
+
+    @property
+    def waiting(self) -> float:
+        """Share of all rank time in which nothing is computed, 0 to 1."""
+        total = self.ticks * len(self.busy)
+        return 1.0 - float(self.busy.sum()) / total if total else 0.0
+
+    @property
+    def balance(self) -> float:
+        """Busiest rank over the average rank; 1 is perfect."""
+        total = int(self.busy.sum())
+        return float(self.busy.max()) * len(self.busy) / total if total else 1.0
+
+
+def simulate(plan: Plan, cost: CostModel, cluster: Cluster, *, pieces: int | None = None) -> Simulation:
+    """One step of ``plan``.
+
+    ``pieces``: in how many equal pieces the layers of a pass are run; ``cost.layers`` is exact, fewer are faster (layers are
+    alike, so what changes is how late arrivals and collectives interleave). None: as many as keep the simulation short.
+    """
+    if plan.world_size != cluster.topology.world_size:
+        raise PlanError(f"the plan is for {plan.world_size} ranks, the cluster has {cluster.topology.world_size}")
+    if cost.layers % cluster.stages:
+        raise PlanError(f"{cost.layers} layers do not divide into {cluster.stages} stages: choose a divisor")
+    costs = cost.quantise(plan.lengths, cluster.topology)
+    batches = micro_batches(plan, cost, costs, cluster)
+    shared = exchanges(plan, cost, costs, cluster)
+    layers = cost.layers // cluster.stages
+    if pieces is None:
+        pieces = _pieces(shared, layers, cluster.stages, len(batches.rank))
+    elif not 1 <= pieces <= layers:
+        raise PlanError(f"pieces is {pieces}: give 1 to {layers}, the layers of a stage")
+    operations = _operations(plan, batches, cluster)
+    arrays = {
+        **_machine(costs, cluster, layers, pieces),
+        **_op_arrays(batches, operations, cluster),
+        **_share_arrays(plan, shared, operations, cluster.stages),
+    }
+    arrays["flags"] = _flags(plan, operations, cluster)
+    result = _simulator.run(arrays, shared.tables)
+    closing = batches.is_closing[operations.batch] == 1
+    return Simulation(
+        ticks=int(result["finish"].max(initial=0)),
+        busy=result["busy"],
+        finish=result["finish"],
+        rank=operations.rank,
+        stage=operations.stage,
+        slot=np.where(closing, -1, operations.slot),
+        is_backward=operations.phase == 1,
+        begin=result["begin"],
+        end=result["end"],
+        nic_busy=result["nic_busy"],
+        events=int(result["events"]),
+        messages=int(result["messages"]),
+        pieces=pieces,
+    )
+
+
+def _pieces(shared: Exchanges, layers: int, stages: int, operations: int) -> int:
+    rounds = sum(shared.rounds(x) * len(group) for x, group in enumerate(shared.groups)) * stages + 4 * operations
+    return int(min(max(ROUNDS // max(rounds, 1), 1), layers))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Operations:
+    """[operations], sorted by actor and by their order on it."""
+
+    batch: IntArray
+    """Number of the micro-batch."""
+    phase: IntArray
+    """0 forward, 1 backward."""
+    stage: IntArray
+    rank: IntArray
+    slot: IntArray
+    number: IntArray
+    """[stages, 2, micro-batches]: number of each operation."""
+
+
+def _operations(plan: Plan, batches: MicroBatches, cluster: Cluster) -> _Operations:
+    count, stages, slots = len(batches.rank), cluster.stages, int(batches.slot.max(initial=0)) + 1
+    batch = np.tile(np.arange(count), 2 * stages)
+    stage = np.repeat(np.arange(stages), 2 * count)
+    phase = np.tile(np.repeat([0, 1], count), stages)
+    places = np.stack([one_forward_one_backward(slots, stages, p) for p in range(stages)])
+    order = np.lexsort((places[stage, phase, batches.slot[batch]], batches.rank[batch], stage))
+    batch, stage, phase = batch[order], stage[order], phase[order]
+    number = np.empty((stages, 2, count), dtype=np.int64)
+    number[stage, phase, batch] = np.arange(len(order))
+    rank, slot = batches.rank[batch], batches.slot[batch]
+    return _Operations(batch=batch, phase=phase, stage=stage, rank=rank, slot=slot, number=number)
+
+
+def _machine(costs: Costs, cluster: Cluster, layers: int, pieces: int) -> dict[str, Any]:
+    """Ranks, ports and collectives. Stage p lives on nodes of its own."""
+    topology, stages = cluster.topology, cluster.stages
+    ranks = np.arange(topology.world_size)
+    node, nics = ranks // topology.ranks_per_node, cluster.nics_per_node
+    nic = node * nics + ranks % topology.ranks_per_node // cluster.ranks_per_nic
+    stage = np.repeat(np.arange(stages), len(ranks))
+    return {
+        "layers": pieces,
+        "model_layers": layers,
+        "stages": stages,
+        "nics": stages * topology.nodes * nics,
+        "nic_share": cluster.ranks_per_nic,
+        "stage": stage,
+        "node": np.tile(node, stages) + stage * topology.nodes,
+        "nic": np.tile(nic, stages) + stage * topology.nodes * nics,
+        "latency_within": costs.latency[0] // stages,
+        "latency_across": costs.latency[1] // stages,
+        "round_ticks": round(cluster.round_seconds * layers / TICK),
+        "gather": round(cluster.gather_seconds(layers) / TICK),
+        "reduce": round(cluster.reduce_seconds(layers) / TICK),
+        "gathers_block": int(not cluster.prefetch),
+        "collectives_cross": int(topology.nodes > 1),
+    }
+
+
+def _op_arrays(batches: MicroBatches, operations: _Operations, cluster: Cluster) -> dict[str, IntArray]:
+    stages, world = cluster.stages, cluster.topology.world_size
+    batch, phase, stage = operations.batch, operations.phase, operations.stage
+    dense = _stage_part(batches.linear[phase, batch], stage, stages)
+    dense += np.where(stage == stages - 1, batches.head[phase, batch], 0)
+    neighbour = stage + np.where(phase == 0, -1, 1)
+    inside = (neighbour >= 0) & (neighbour < stages)
+    after = np.where(inside, operations.number[np.clip(neighbour, 0, stages - 1), phase, batch], -1)
+    link = cluster.topology.inter
+    sending = batches.tokens[batch] * (cluster.stage_token_bytes / link.bandwidth) + link.latency
+    actor = stage * world + operations.rank
+    return {
+        "op_first": np.searchsorted(actor, np.arange(stages * world + 1)).astype(np.int64),
+        "backward": phase.astype(np.int64),
+        "dense": dense.astype(np.int64),
+        "filler": _stage_part(batches.local[phase, batch], stage, stages),
+        "after": after.astype(np.int64),
+        "delay": np.rint(sending / TICK).astype(np.int64),
+        "copy": _stage_part(batches.copy[batch], stage, stages),
+    }
+
+
+def _stage_part(ticks: IntArray, stage: IntArray, stages: int) -> IntArray:
+    """Equal parts that add up to the whole."""
+    return ticks * (stage + 1) // stages - ticks * stage // stages
+
+
+def _share_arrays(plan: Plan, shared: Exchanges, operations: _Operations, stages: int) -> dict[str, Any]:
+    """Which operations take part in which exchange, as which member; stages have exchanges of their own."""
+    count, world = len(shared.groups), plan.world_size
+    sizes = np.array([len(g) for g in shared.groups], dtype=np.int64)
+    flat = np.concatenate(shared.groups) if count else np.zeros(0, dtype=np.int64)
+    exchange = np.repeat(np.arange(count), sizes)
+    first = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    member = np.arange(len(flat)) - np.repeat(first[:-1], sizes)
+    phase = (exchange >= count // 2).astype(np.int64)
+    slot = np.array(shared.slot, dtype=np.int64)[exchange]
+    slots = max(plan.slot_count, 1) + 1
+    forward = (operations.stage == 0) & (operations.phase == 0)
+    keys = operations.rank[forward] * slots + operations.slot[forward]
+    batch_of = operations.batch[forward][np.argsort(keys)]
+    batch = batch_of[np.searchsorted(np.sort(keys), flat * slots + slot)]
+    ops = np.concatenate([operations.number[p, phase, batch] for p in range(stages)])
+    order = np.argsort(ops, kind="stable")
+    area = np.array(shared.area, dtype=np.int64)
+    unit = np.array(shared.unit, dtype=np.float64).reshape(count, 4)
+    last = stages * int(first[-1])
+    return {
+        "share_first": np.searchsorted(ops[order], np.arange(len(operations.batch) + 1)).astype(np.int64),
+        "share_exchange": np.concatenate([exchange + p * count for p in range(stages)])[order],
+        "share_member": np.tile(member, stages)[order],
+        "kind": np.tile(np.array(shared.kind, dtype=np.int64), stages),
+        "area": np.tile(area // stages, stages),
+        "member_first": np.append(np.concatenate([first[:-1] + p * first[-1] for p in range(stages)]), last),
+        "member_actor": np.concatenate([flat + p * world for p in range(stages)]),
+        "unit": np.ascontiguousarray(np.tile(unit / stages, (stages, 1))),
+    }
+
+
+def _flags(plan: Plan, operations: _Operations, cluster: Cluster) -> IntArray:
+    """Which operations gather and reduce, see ``Cluster.sharding``."""
+    flags = np.zeros(len(operations.batch), dtype=np.int64)
+    if plan.regime == "slot" and cluster.sharding == "sharded":
+        flags += GATHERS
+        flags[operations.phase == 1] += REDUCES
+        return flags
+    actor = operations.stage * plan.world_size + operations.rank
+    is_last = np.append(actor[1:] != actor[:-1], True)
+    is_first = np.insert(actor[1:] != actor[:-1], 0, True)
+    if cluster.sharding != "none":
+        flags[is_last] += REDUCES
+    if cluster.sharding == "sharded":
+        flags[is_first] += FIRST
+    return flags

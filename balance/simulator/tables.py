@@ -1,0 +1,64 @@
+"""Rounds of schedules other than the ring, counted from their programs once per schedule and group size."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from hdp.attention.counts import Sizes, count
+from hdp.attention.layout import make_layout
+from hdp.attention.mask import Mask
+from hdp.attention.program import HeadCount
+from hdp.attention.schedules import get_pair, get_schedule
+from hdp.balance.models import ModelShape
+from hdp.balance.plan import PlanError
+
+REFERENCE_CHUNK = 64
+"""Tokens a chunk at which programs are counted; bytes then grow with the length, areas with its square."""
+LARGEST = 512
+"""Members beyond which a program other than the ring is not counted: it takes minutes."""
+
+
+@lru_cache(maxsize=256)
+def table(
+    forward: str, backward: str, is_backward: bool, size: int, layout: str, shape: ModelShape, element: int
+) -> dict[str, Any]:
+    """The arrays of ``simulator::Table``: weights in bytes per token of the whole sequence and layer."""
+    if size > LARGEST:
+        raise PlanError(
+            f"schedule {forward!r} on {size} ranks: the simulator counts programs of at most {LARGEST} ranks"
+        )
+    length = 2 * size * REFERENCE_CHUNK
+    place = make_layout(layout, length, size)
+    heads = HeadCount(query=shape.heads, key=shape.kv_heads)
+    sizes = Sizes(head_dim=shape.head_dim, model_bytes=element)
+    pair = get_schedule(forward) if forward == backward else get_pair(forward, backward)
+    make = pair.backward if is_backward else pair.forward
+    mask = Mask()
+    counts = [count(make(place, mask, heads, m), place, mask, heads, m, sizes, is_backward) for m in range(size)]
+    rounds = max(len(c.steps) for c in counts)
+    total = sum(c.area for c in counts)
+    area = np.zeros((size, rounds))
+    send_first, messages = [0], []
+    for m in range(size):
+        steps = counts[m].steps
+        for k in range(rounds):
+            if k < len(steps):
+                area[m, k] = steps[k].area / total
+                messages += [(k, m, to, sent / length) for to, sent in sorted(steps[k].sent.items())]
+            send_first.append(len(messages))
+    by_receiver = sorted(range(len(messages)), key=lambda i: (messages[i][2], messages[i][0], i))
+    keys = np.array([messages[i][2] * rounds + messages[i][0] for i in by_receiver], dtype=np.int64)
+    return {
+        "size": size,
+        "rounds": rounds,
+        "area": area.ravel(),
+        "send_first": np.array(send_first, dtype=np.int64),
+        "from": np.array([m[1] for m in messages], dtype=np.int64),
+        "to": np.array([m[2] for m in messages], dtype=np.int64),
+        "weight": np.array([m[3] for m in messages], dtype=np.float64),
+        "receive_first": np.searchsorted(keys, np.arange(size * rounds + 1)).astype(np.int64),
+        "received": np.array(by_receiver, dtype=np.int64),
+    }

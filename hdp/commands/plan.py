@@ -1,0 +1,208 @@
+"""Plan one global batch and show what every rank would do.
+
+  hdp plan --lengths lengths.txt --world-size 64 --capacity 8192
+  hdp plan --distribution github --context 262144 --tokens 4e6 --world-size 64 --capacity 8192 --compare
+
+Exit codes: 0 planned; 1 a file could not be written; 2 bad arguments; 3 the batch cannot be planned (a document too long
+for the cluster, say: the message names the offload ratio that would make it fit).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from hdp.balance import PLANNERS, CostModel, Link, PlanError, Topology
+from hdp.balance.bounds import slot_bound, step_bound
+from hdp.balance.cost import TICK
+from hdp.balance.devices import DEVICES, find_device
+from hdp.balance.distributions import DISTRIBUTIONS, draw_lengths, read_lengths, source_tree_lengths
+from hdp.balance.evaluate import Evaluation, evaluate
+from hdp.balance.plan import IntArray, Plan
+from hdp.balance.planners import make_problem
+from hdp.balance.planners import plan as make
+from hdp.balance.report import describe, table
+
+HELP = "plan one batch: groups, balance, waiting, memory"
+CANNOT_PLAN = 3
+CANNOT_WRITE = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of ``hdp plan``; those of :func:`add_cluster_arguments` are shared with other commands."""
+    add_batch_arguments(parser)
+    add_cluster_arguments(parser)
+    parser.add_argument("--planner", default="auto", choices=list(PLANNERS), help="default: auto")
+    parser.add_argument("--compare", action="store_true", help="run all planners on the batch and print one table")
+    parser.add_argument("--json", metavar="OUT", help="write the plan as JSON; - for standard output")
+    parser.add_argument("--png", metavar="OUT", help="draw the timeline of the ranks (needs matplotlib)")
+    parser.add_argument("--svg", metavar="OUT", help="the same as SVG")
+    parser.add_argument("--trace", metavar="OUT", help="write the timeline as a trace for Perfetto or chrome://tracing")
+    parser.add_argument("--seed", type=int, default=0, help="of drawn lengths and of planners that draw; default: 0")
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the lengths come from."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--lengths", metavar="FILE", help="one length a line")
+    source.add_argument("--distribution", choices=list(DISTRIBUTIONS), help="draw lengths")
+    source.add_argument("--source-tree", metavar="FOLDER", help="one document a file, four bytes a token")
+    parser.add_argument("--tokens", type=float, default=1e6, help="tokens to draw; default: 1e6")
+    parser.add_argument("--context", type=int, default=262144, help="longest document to draw; default: 262144")
+
+
+def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """World, links, model and device."""
+    parser.add_argument("--world-size", type=int, required=True, help="ranks")
+    parser.add_argument("--ranks-per-node", type=int, default=8, help="default: 8")
+    parser.add_argument("--capacity", type=int, required=True, help="tokens a rank holds in one micro-batch")
+    parser.add_argument("--regime", choices=("step", "slot"), default="step", help="default: step")
+    parser.add_argument("--model", default="llama-7b", help="a shipped model, a config.json or its folder")
+    parser.add_argument("--device", choices=list(DEVICES), default="h100-sxm", help="default: h100-sxm")
+    parser.add_argument("--flops", type=float, help="operations per second that a rank attains; default: the device's")
+    parser.add_argument("--intra-bandwidth", type=float, help="bytes per second between ranks of a node")
+    parser.add_argument("--inter-bandwidth", type=float, help="bytes per second and rank between nodes")
+    parser.add_argument("--copy-bandwidth", type=float, help="bytes per second and rank between device and host")
+    parser.add_argument("--overhead", type=float, default=0.0, help="seconds per layer and micro-batch; default: 0")
+    parser.add_argument(
+        "--offload", default="off", help="off, auto, or the largest ratio allowed, 0 to 1; default: off"
+    )
+
+
+def cluster_of(arguments: argparse.Namespace) -> tuple[Topology, CostModel]:
+    """Topology and cost model of the arguments; what the user gives wins over the device's table."""
+    device = find_device(arguments.device)
+    intra, inter = device.intra, device.inter
+    if arguments.intra_bandwidth is not None:
+        intra = Link(bandwidth=arguments.intra_bandwidth)
+    if arguments.inter_bandwidth is not None:
+        inter = Link(bandwidth=arguments.inter_bandwidth)
+    topology = Topology(
+        world_size=arguments.world_size, ranks_per_node=arguments.ranks_per_node, intra=intra, inter=inter
+    )
+    cost = CostModel.from_shape(
+        arguments.model,
+        flops=device.attained if arguments.flops is None else arguments.flops,
+        copy_bandwidth=device.copy_bandwidth if arguments.copy_bandwidth is None else arguments.copy_bandwidth,
+        device_memory=device.memory,
+        world_size=arguments.world_size,
+    )
+    return topology, replace(cost, constant=arguments.overhead)
+
+
+def lengths_of(arguments: argparse.Namespace) -> IntArray:
+    """Lengths of the batch."""
+    if arguments.lengths is not None:
+        return read_lengths(arguments.lengths)
+    if arguments.source_tree is not None:
+        return source_tree_lengths(arguments.source_tree)
+    return draw_lengths(
+        arguments.distribution, tokens=int(arguments.tokens), context=arguments.context, seed=arguments.seed
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Plans and writes what was asked for."""
+    try:
+        return _run(arguments)
+    except PlanError as error:
+        print(f"hdp plan: {error}", file=sys.stderr)
+        return CANNOT_PLAN
+    except OSError as error:
+        print(f"hdp plan: {error}", file=sys.stderr)
+        return CANNOT_WRITE
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    topology, cost = cluster_of(arguments)
+    lengths = lengths_of(arguments)
+    bound, kind = _bound(arguments, lengths, topology, cost)
+    names = list(PLANNERS) if arguments.compare else [arguments.planner]
+    rows: list[tuple[str, Plan | str, Evaluation | None, float]] = []
+    for name in names:
+        try:
+            made, seconds = _timed(arguments, name, lengths, topology, cost)
+        except PlanError as error:
+            if not arguments.compare:
+                raise
+            rows.append((name, str(error), None, 0.0))
+            continue
+        rows.append((name, made, evaluate(made, cost, topology), seconds))
+    text = sys.stderr if arguments.json == "-" else sys.stdout
+    if arguments.compare:
+        print(table(rows, bound, kind), file=text)
+    chosen = next((row for row in rows if row[0] == arguments.planner), None)
+    if chosen is None or not isinstance(chosen[1], Plan) or chosen[2] is None:
+        raise PlanError(f"planner {arguments.planner} made no plan: {chosen[1] if chosen else 'not run'}")
+    _, made, result, seconds = chosen
+    if not arguments.compare:
+        print(describe(made, result, cost, topology, bound, kind, seconds), file=text)
+    _write(arguments, made, result, cost, topology, bound, seconds)
+    return 0
+
+
+def _timed(
+    arguments: argparse.Namespace, name: str, lengths: IntArray, topology: Topology, cost: CostModel
+) -> tuple[Plan, float]:
+    start = time.perf_counter()
+    made = make(
+        lengths,
+        topology,
+        cost,
+        capacity=arguments.capacity,
+        regime=arguments.regime,
+        planner=name,
+        offload=arguments.offload,
+        seed=arguments.seed,
+    )
+    seconds = time.perf_counter() - start
+    made.validate()
+    return made, seconds
+
+
+def _bound(arguments: argparse.Namespace, lengths: IntArray, topology: Topology, cost: CostModel) -> tuple[int, str]:
+    """Lower bound in ticks, and its name: the sharper one of regime slot needs scipy."""
+    problem = make_problem(
+        lengths,
+        topology,
+        cost,
+        capacity=arguments.capacity,
+        regime=arguments.regime,
+        planner=arguments.planner,
+        offload=arguments.offload,
+    )
+    if arguments.regime == "slot" and find_spec("scipy") is not None and arguments.offload == "off":
+        return slot_bound(problem), "barriers counted"
+    return step_bound(problem), "barriers not counted" if arguments.regime == "slot" else "work and longest document"
+
+
+def _write(
+    arguments: argparse.Namespace,
+    made: Plan,
+    result: Evaluation,
+    cost: CostModel,
+    topology: Topology,
+    bound: int,
+    seconds: float,
+) -> None:
+    if arguments.json:
+        text = made.to_json(
+            planning_seconds=seconds, predicted_seconds=result.seconds, lower_bound_seconds=bound * TICK
+        )
+        if arguments.json == "-":
+            print(text)
+        else:
+            Path(arguments.json).write_text(text + "\n", encoding="utf-8")
+    if arguments.trace:
+        from hdp.balance.timeline import write_trace
+
+        write_trace(made, cost, topology, Path(arguments.trace))
+    for target in (arguments.png, arguments.svg):
+        if target:
+            from hdp.balance.timeline import draw
+
+            draw(made, cost, topology, Path(target))
