@@ -24,7 +24,9 @@ from hdp.balance.simulator.steps import (
 )
 
 ROUNDS = 4_000_000
-"""Rounds that one simulation aims at; layers are run in fewer, thicker pieces to keep to it."""
+"""Rounds that one simulation aims at: layers, and the steps of long rings, are run in fewer, thicker pieces to keep to it."""
+LEAST_ROUNDS = 64
+"""Rounds of a long ring at least."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,6 +54,8 @@ class Simulation:
     messages: int
     pieces: int
     """Pieces that the layers of a pass were run in."""
+    most_rounds: int
+    """Rounds of one exchange at most: the steps of longer rings were taken together."""
 
     @property
     def seconds(self) -> float:
@@ -70,11 +74,11 @@ class Simulation:
         return float(self.busy.max()) * len(self.busy) / total if total else 1.0
 
 
-def simulate(plan: Plan, cost: CostModel, cluster: Cluster, *, pieces: int | None = None) -> Simulation:
+def simulate(plan: Plan, cost: CostModel, cluster: Cluster, *, rounds: int = ROUNDS) -> Simulation:
     """One step of ``plan``.
 
-    ``pieces``: in how many equal pieces the layers of a pass are run; ``cost.layers`` is exact, fewer are faster (layers are
-    alike, so what changes is how late arrivals and collectives interleave). None: as many as keep the simulation short.
+    ``rounds``: about how many rounds are simulated. Where there are more, neighbouring steps of long rings are taken
+    together, and then layers: they are alike, so what changes is how late arrivals and collectives interleave.
     """
     if plan.world_size != cluster.topology.world_size:
         raise PlanError(f"the plan is for {plan.world_size} ranks, the cluster has {cluster.topology.world_size}")
@@ -84,13 +88,12 @@ def simulate(plan: Plan, cost: CostModel, cluster: Cluster, *, pieces: int | Non
     batches = micro_batches(plan, cost, costs, cluster)
     shared = exchanges(plan, cost, costs, cluster)
     layers = cost.layers // cluster.stages
-    if pieces is None:
-        pieces = _pieces(shared, layers, cluster.stages, len(batches.rank))
-    elif not 1 <= pieces <= layers:
-        raise PlanError(f"pieces is {pieces}: give 1 to {layers}, the layers of a stage")
+    pieces, most = _thickness(shared, layers, 4 * len(batches.rank), rounds // cluster.stages)
     operations = _operations(plan, batches, cluster)
     arrays = {
-        **_machine(costs, cluster, layers, pieces),
+        **_machine(costs, cluster, layers),
+        "layers": pieces,
+        "most_rounds": most,
         **_op_arrays(batches, operations, cluster),
         **_share_arrays(plan, shared, operations, cluster.stages),
     }
@@ -111,12 +114,19 @@ def simulate(plan: Plan, cost: CostModel, cluster: Cluster, *, pieces: int | Non
         events=int(result["events"]),
         messages=int(result["messages"]),
         pieces=pieces,
+        most_rounds=most,
     )
 
 
-def _pieces(shared: Exchanges, layers: int, stages: int, operations: int) -> int:
-    rounds = sum(shared.rounds(x) * len(group) for x, group in enumerate(shared.groups)) * stages + 4 * operations
-    return int(min(max(ROUNDS // max(rounds, 1), 1), layers))
+def _thickness(shared: Exchanges, layers: int, others: int, rounds: int) -> tuple[int, int]:
+    """Pieces of a pass, and rounds of one exchange at most, that come to about ``rounds`` rounds."""
+    sizes = np.array([len(group) for group in shared.groups], dtype=np.int64)
+    steps = np.array([shared.rounds(x) for x in range(len(sizes))], dtype=np.int64)
+    most = int(steps.max(initial=1))
+    while most > LEAST_ROUNDS and int((sizes * np.minimum(steps, most)).sum()) + others > rounds:
+        most = max(most * 7 // 8, LEAST_ROUNDS)
+    once = int((sizes * np.minimum(steps, most)).sum()) + others
+    return min(max(rounds // max(once, 1), 1), layers), most
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -148,7 +158,7 @@ def _operations(plan: Plan, batches: MicroBatches, cluster: Cluster) -> _Operati
     return _Operations(batch=batch, phase=phase, stage=stage, rank=rank, slot=slot, number=number)
 
 
-def _machine(costs: Costs, cluster: Cluster, layers: int, pieces: int) -> dict[str, Any]:
+def _machine(costs: Costs, cluster: Cluster, layers: int) -> dict[str, Any]:
     """Ranks, ports and collectives. Stage p lives on nodes of its own."""
     topology, stages = cluster.topology, cluster.stages
     ranks = np.arange(topology.world_size)
@@ -156,7 +166,6 @@ def _machine(costs: Costs, cluster: Cluster, layers: int, pieces: int) -> dict[s
     nic = node * nics + ranks % topology.ranks_per_node // cluster.ranks_per_nic
     stage = np.repeat(np.arange(stages), len(ranks))
     return {
-        "layers": pieces,
         "model_layers": layers,
         "stages": stages,
         "nics": stages * topology.nodes * nics,

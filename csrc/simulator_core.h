@@ -1,0 +1,230 @@
+// A discrete-event simulation of one training step, in whole ticks.
+//
+// Actors (one rank of one pipeline stage each) run operations in order: the forward or backward pass of one micro-batch,
+// cut into `layers` equal pieces. A piece computes its dense part, then goes through the rounds of its exchanges (the
+// attention programs of shared sequences), round k of all of them together, whole sequences filling the waits.
+//
+// [Note: one event a round] An actor has one event at a time: the end of what it does. Events leave the queue in order
+// of time, ties by actor, so ports (links, NICs) serve messages first come, first served. A message starts when both its
+// ends have begun its round, as with NCCL and with gloo's large messages; a round ends when its tiles are computed, its
+// messages received, and the messages of the round before sent.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <queue>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace simulator {
+
+using i64 = std::int64_t;
+using i32 = std::int32_t;
+constexpr i64 kUnknown = -1;
+
+// What parts [first, last) of `parts` equal ones hold of `total`; all parts add up to it.
+inline i64 between(i64 total, i64 first, i64 last, i64 parts) {
+  if (total < (i64{1} << 40) && parts < (i64{1} << 22)) return total * last / parts - total * first / parts;
+  const auto wide = static_cast<__int128>(total);
+  return static_cast<i64>(wide * last / parts - wide * first / parts);
+}
+
+inline i64 piece(i64 total, i64 i, i64 parts) { return parts == 1 ? total : between(total, i, i + 1, parts); }
+
+// A member's number, one turn of the ring off at most.
+inline i64 wrap(i64 member, i64 size) { return member < 0 ? member + size : (member >= size ? member - size : member); }
+
+enum Flag : i64 { kGathers = 1, kReduces = 2, kFirst = 4 };
+enum Template : i64 { kRingForward = 0, kRingBackward = 1, kTables = 2 };
+
+// The rounds of a schedule other than the ring, counted from its programs. Messages are sorted by (member, round) of
+// their sender; `received` lists them by (member, round) of their receiver.
+struct Table {
+  i64 size = 0, rounds = 0;
+  std::vector<double> area;               // [size * rounds] of the whole sequence's
+  std::vector<i64> send_first;            // [size * rounds + 1]
+  std::vector<i64> from, to;              // members
+  std::vector<double> weight;             // in units of the exchange
+  std::vector<i64> receive_first;         // [size * rounds + 1]
+  std::vector<i64> received;              // message numbers
+};
+
+struct Input {
+  i64 layers = 1;                          // pieces of every pass
+  i64 most_rounds = 1;                     // of one exchange; more steps of a ring are taken together
+  i64 model_layers = 1;                    // layers that they stand for
+  const i64 *stage, *node, *nic;           // [actors]
+  i64 actors = 0, stages = 1, nics = 0, nic_share = 1;
+  const i64* op_first;                     // [actors + 1]
+  const i64 *backward, *dense, *filler, *after, *delay, *copy, *flags;  // [operations]
+  i64 operations = 0;
+  const i64* share_first;                  // [operations + 1]
+  const i64 *share_exchange, *share_member;
+  const i64 *kind, *area, *member_first, *member_actor;  // exchanges
+  const double* unit;                      // [exchanges, 2 tiers, 2 kinds of bytes]: ticks of one weight, all layers
+  i64 exchanges = 0;
+  i64 latency[2] = {0, 0};                 // one hop in all layers
+  i64 round_ticks = 0;                     // host time of one round in all layers
+  i64 gather = 0, reduce = 0;              // collectives over all layers
+  bool collectives_cross = false;          // they occupy the NICs
+  bool gathers_block = false;              // the first layer waits until all are there
+  std::vector<Table> tables;
+};
+
+struct Output {
+  std::vector<i64> begin, end;             // [operations]
+  std::vector<i64> busy, finish;           // [actors]
+  std::vector<i64> nic_busy;               // [nics]
+  i64 events = 0, messages = 0;
+};
+
+// A first-come, first-served port.
+struct Port {
+  i64 free = 0;
+  i64 serve(i64 time, i64 ticks) { return free = std::max(free, time) + ticks; }
+};
+
+struct Message {
+  i64 from, to;          // members of the exchange
+  double first, second;  // weights of its two kinds of bytes
+};
+
+struct Steps {
+  i64 first, last;  // [first, last)
+};
+
+struct Waiting {
+  i64 arrived = 0, sent = 0;     // latest known
+  int receives = 0, sends = 0;   // not yet known
+};
+
+struct Actor {
+  i64 op = 0, layer = 0, round = 0, rounds = 0;
+  i64 filler = 0;                // local attention left in this piece
+  i64 computed = 0;              // when this round's tiles are done
+  i64 layer_begin = 0;
+  Waiting parity[2];             // this round's and the last one's messages
+  Port copy, send, receive;
+  i64 copied = 0;                // pieces whose copies are under way
+  i64 gathered = 0, reduced = 0; // collectives posted so far
+  // What it does when woken; kWaiting: messages or collectives that are under way wake it.
+  enum State { kOperation, kLayer, kCompute, kRoundEnd, kWaiting, kLayerEnd, kOperationEnd, kDone } state = kOperation;
+};
+
+struct Meeting {
+  i64 posted = 0, latest = 0, end = kUnknown;
+  std::vector<i64> waiting;
+};
+
+class Simulator {
+ public:
+  explicit Simulator(const Input& input);
+  Output run();
+
+ private:
+  struct Event {
+    i64 time, actor;
+    bool operator<(const Event& other) const {
+      return time != other.time ? time > other.time : actor > other.actor;
+    }
+  };
+
+  void wake(i64 actor, i64 time) { queue_.push({time, actor}); }
+  void advance(i64 a, i64 now);
+  void begin_operation(i64 a, i64 now);
+  void begin_layer(i64 a, i64 now);
+  void begin_round(i64 a, i64 now);
+  void settle_round(i64 a);
+  void end_layer(i64 a, i64 now);
+  void end_operation(i64 a, i64 now);
+
+  i64 tile_ticks(const Actor& actor, i64 share) const;
+  i64 rounds_of(i64 exchange) const;
+  template <class Visit> void sends(i64 exchange, i64 member, i64 round, Visit visit) const;
+  template <class Visit> void receives(i64 exchange, i64 member, i64 round, Visit visit) const;
+  i64 size_of(i64 exchange) const;
+  Steps steps_of(i64 exchange, i64 round) const;
+  Message ring_message(i64 exchange, i64 member, i64 round) const;
+  void transfer(i64 exchange, const Message& message, i64 round, i64 now);
+
+  Meeting& meet(std::vector<Meeting>& meetings, i64 number);
+  void post(std::vector<Meeting>& meetings, i64 number, i64 a, i64 now, i64 ticks);
+  i64 gather_ticks(i64 number) const;
+
+  const Input& in_;
+  Output out_;
+  std::priority_queue<Event> queue_;
+  std::vector<Actor> actors_;
+  std::vector<i64> begun_;                        // per exchange member: rounds begun so far, all pieces counted
+  std::vector<Port> nic_out_, nic_in_, fabric_;   // fabric: one communicator a stage
+  std::vector<std::vector<Meeting>> gathers_, reduces_;
+  std::vector<std::vector<i64>> stage_nics_;
+  std::vector<i64> stage_size_;
+  std::vector<std::vector<i64>> waiting_for_;     // operation: actors that wait for its end
+};
+
+inline i64 Simulator::size_of(i64 x) const { return in_.member_first[x + 1] - in_.member_first[x]; }
+
+inline i64 Simulator::rounds_of(i64 x) const {
+  if (in_.kind[x] >= kTables) return in_.tables[in_.kind[x] - kTables].rounds;
+  return std::min(size_of(x), in_.most_rounds);
+}
+
+// Steps of a schedule that a round stands for: one, or several neighbouring ones of a ring of many members.
+inline Steps Simulator::steps_of(i64 x, i64 round) const {
+  const i64 rounds = rounds_of(x), steps = in_.kind[x] >= kTables ? rounds : size_of(x);
+  return {round * steps / rounds, (round + 1) * steps / rounds};
+}
+
+// What a member of a causal zigzag ring sends in a round, in blocks: keys and values, and their gradients.
+// Forward: the block at hand, of which nobody looks at the back half if it is member 0's. Backward, the other way round:
+// front halves, back halves that are still looked at, and the gradients of the block of the step before.
+inline Message Simulator::ring_message(i64 x, i64 member, i64 round) const {
+  const i64 n = size_of(x);
+  const Steps steps = steps_of(x, round);
+  const auto halves = [](i64 from, i64 to, i64 half) {  // steps in [from, to), one of which counts half
+    return static_cast<double>(std::max(to - from, i64{0})) - 0.5 * (half >= from && half < to);
+  };
+  if (in_.kind[x] == kRingForward) {
+    return {member, wrap(member + 1, n), halves(steps.first, std::min(steps.last, n - 1), member), 0.0};
+  }
+  const i64 low = n - steps.last, high = n - steps.first;  // hops that blocks are still away from home
+  const auto count = [&](i64 from) { return static_cast<double>(std::max(high - std::max(from, low), i64{0})); };
+  const double inputs = 0.5 * count(2) + (member > 0 ? 0.5 * count(std::max(member + 1, i64{2})) : 0.0);
+  return {member, wrap(member - 1, n), inputs, halves(low, std::min(high, n - 1), member - 1)};
+}
+
+template <class Visit>
+void Simulator::sends(i64 x, i64 member, i64 round, Visit visit) const {
+  if (in_.kind[x] < kTables) {
+    const Message message = ring_message(x, member, round);
+    if (message.first + message.second != 0.0) visit(message);
+    return;
+  }
+  const Table& table = in_.tables[in_.kind[x] - kTables];
+  const i64 at = member * table.rounds + round;
+  for (i64 i = table.send_first[at]; i < table.send_first[at + 1]; ++i) {
+    visit(Message{member, table.to[i], table.weight[i], 0.0});
+  }
+}
+
+template <class Visit>
+void Simulator::receives(i64 x, i64 member, i64 round, Visit visit) const {
+  if (in_.kind[x] < kTables) {
+    const i64 from = wrap(in_.kind[x] == kRingForward ? member - 1 : member + 1, size_of(x));
+    const Message message = ring_message(x, from, round);
+    if (message.first + message.second != 0.0) visit(message);
+    return;
+  }
+  const Table& table = in_.tables[in_.kind[x] - kTables];
+  const i64 at = member * table.rounds + round;
+  for (i64 i = table.receive_first[at]; i < table.receive_first[at + 1]; ++i) {
+    const i64 m = table.received[i];
+    visit(Message{table.from[m], member, table.weight[m], 0.0});
+  }
+}
+
+}  // namespace simulator
