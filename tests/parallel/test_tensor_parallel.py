@@ -1,0 +1,63 @@
+"""Tensor parallelism beside HDP on a 2 x 2 mesh: the same gradients, each rank with half of the heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from engines import full_gradients, plan_batch
+from tiny import exact_gradient, gradient_errors, make_documents, make_model
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import hdp
+
+CAPACITY = 64
+
+
+def split(model: Any, world: hdp.World) -> None:
+    """Heads and hidden units over the mesh's dimension ``tp``."""
+    plan: dict[str, Any] = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    for layer in model.model.layers:
+        parallelize_module(layer, world.mesh["tp"], plan)
+
+
+def step(_: hdp.World, lengths: list[int], regime: str) -> Any:
+    with hdp.init(
+        timeout=30.0, device="cpu", tensor_parallel=2
+    ) as world:  # the ranks have joined: a second view of them
+        model = make_model("gqa")
+        split(model, world)
+        engine = hdp.shard(model, world, regime=regime)
+        result = engine.forward_backward(plan_batch(world, engine, make_documents(lengths), CAPACITY, planner="naive"))
+        norm = float(engine.clip_grad_norm_(1e9))
+        return world.rank, world.world_size, result.loss, norm, full_gradients(engine)
+
+
+@pytest.mark.parametrize("regime", ["step", "slot"])
+@pytest.mark.parametrize("lengths", [[10, 115, 40, 3, 73, 21], [17]], ids=["mixed", "fewer than ranks"])
+def test_gradients_are_exact(ranks, exactness, lengths, regime):
+    found = ranks(4).run(step, lengths, regime)
+    assert [f[:2] for f in found] == [(0, 2), (0, 2), (1, 2), (1, 2)]
+    loss, gradient = exact_gradient("gqa", make_documents(lengths))
+    norm = sum(float(g.norm()) ** 2 for g in gradient.values()) ** 0.5
+    for _, _, found_loss, found_norm, gradients in found:
+        assert found_loss == pytest.approx(loss, rel=1e-6)
+        assert found_norm == pytest.approx(norm, rel=1e-5)
+        errors = gradient_errors(gradients, gradient)
+        worst = max(errors, key=errors.__getitem__)
+        exactness(f"world 2 x 2, {len(lengths)} documents, naive, gqa, {regime}, tensor parallel", errors[worst], worst)
+        assert errors[worst] <= 1e-5, f"{worst}: {errors[worst]:.2e}"
+
+
+def refuse(world: hdp.World) -> str:
+    try:
+        hdp.init(tensor_parallel=3)
+    except ValueError as error:
+        return str(error)
+    return "not refused"
+
+
+def test_a_degree_that_does_not_divide_is_refused(ranks):
+    assert all("tensor_parallel is 3: it must divide the 4 ranks" in text for text in ranks(4).run(refuse))
