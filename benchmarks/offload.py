@@ -195,8 +195,8 @@ def report(args: argparse.Namespace, steps: list[Step], bandwidth: Any) -> None:
             raise RuntimeError(f"losses differ between settings: {losses}")
         result[f"table_{tokens}"] = {name: {"time": t, "memory": m} for name, (t, m) in points.items()}
     longest = max(args.tokens)
-    result["memory_r1"] = relative(steps, longest, "r=1", "rss")
-    result["memory_r1_saved"] = relative(steps, longest, "r=1", "saved")
+    result["memory_r1"] = relative(steps, longest, "r=1", "saved")
+    result["memory_r1_rss"] = relative(steps, longest, "r=1", "rss")
     result["time_r1"] = relative(steps, longest, "r=1", "seconds")
     by_round = {(s.setting, s.round): s.seconds for s in steps if s.tokens == longest}
     result["time_recompute"] = statistics.median(

@@ -22,6 +22,7 @@ from hdp.offload.auto import LayerProfile, choose, scaled_profile
 from hdp.offload.bandwidth import Bandwidth, measure_bandwidth
 from hdp.offload.errors import OffloadError
 from hdp.offload.layers import find_layers
+from hdp.offload.malloc import return_freed_blocks
 from hdp.offload.micro_batch import MicroBatch
 from hdp.offload.policy import layer_actions
 from hdp.offload.store import ActivationStore
@@ -41,6 +42,7 @@ class OffloadEngine(ActivationStore):
         device: torch.device | str = "cpu",
         min_bytes: int = MIN_BYTES,
         copies: Copies | None = None,
+        tune_malloc: bool = True,
     ) -> None:
         """
         Args:
@@ -48,7 +50,11 @@ class OffloadEngine(ActivationStore):
             device: device of the activations.
             min_bytes: smaller storages are left alone.
             copies: the copy streams; None makes those of ``device``.
+            tune_malloc: on a CPU, fix glibc's thresholds for the whole process so that freed activations leave it at
+                once (see :mod:`hdp.offload.malloc`).
         """
+        if tune_malloc and torch.device(device).type == "cpu":
+            return_freed_blocks()
         super().__init__(tiers, device=torch.device(device), min_bytes=min_bytes, copies=copies)
         self.bandwidth: Bandwidth | None = None
         self.profiles: dict[int, LayerProfile] = {}

@@ -9,6 +9,7 @@ buffers, ByteScale 4.3).
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,8 @@ class MicroBatch:
         self.tokens = tokens
         self.layer_seconds: list[float] = []
         """Seconds of each layer call's forward, on the host's clock."""
-        self.layer_bytes: list[int] = []
-        """Bytes that each layer call was the first to save."""
+        self.layer_bytes: Counter[int] = Counter()
+        """Bytes that each layer call, or what runs between it and the one before, was the first to save."""
         self.input_bytes = 0
         """Bytes of a layer's largest input."""
         self._model = model
@@ -82,7 +83,7 @@ class MicroBatch:
             for i, layer in enumerate(self._layers):
                 # Ours run last before and first after forward: inside FSDP's, which gathers the parameters first.
                 before = layer.register_forward_pre_hook(lambda *a, i=i: self._enter_layer(i, *a), with_kwargs=True)
-                after = layer.register_forward_hook(lambda *_: self._leave_layer(), prepend=True)
+                after = layer.register_forward_hook(lambda *_, i=i: self._leave_layer(i), prepend=True)
                 exits.callback(before.remove)
                 exits.callback(after.remove)
                 if self._actions[i].recompute:
@@ -128,7 +129,6 @@ class MicroBatch:
             self.engine.wait_left(record)
         sizes = [x.numel() * x.itemsize for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         self.input_bytes = max(self.input_bytes, *sizes, 0)
-        self.layer_bytes.append(0)
         self._synchronize()
         self._entered = time.perf_counter()
 
@@ -137,20 +137,22 @@ class MicroBatch:
         if self._timed and self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
 
-    def _leave_layer(self) -> None:
+    def _leave_layer(self, index: int) -> None:
         if in_backward():
             return
         self._synchronize()
         self.layer_seconds.append(time.perf_counter() - self._entered)
-        # What is saved between layers and after the last one is needed first in backward: it stays.
+        # What is saved between two layers goes where the first one's does; what comes after the last one stays, for
+        # backward needs it at once.
         self._visit = len(self.layer_seconds)
-        self._action = _KEEP
+        if index == len(self._layers) - 1:
+            self._action = _KEEP
 
     def _pack(self, tensor: Tensor) -> Handle:
         handle = self.engine.save(tensor, self, self._visit, self._action.ratio)
         if handle.record is not None:
             self._visits.setdefault(self._visit, []).append(handle.record)
-            if handle.record.handles == 1 and 0 <= self._visit < len(self.layer_bytes):
+            if handle.record.handles == 1:
                 self.layer_bytes[self._visit] += handle.record.nbytes
         return handle
 

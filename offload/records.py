@@ -70,16 +70,19 @@ class Record:
     """One storage. Only the engine, under its lock, changes a record."""
 
     __slots__ = (
-        "flat", "handles", "key", "nbytes", "probe", "read", "ref", "rest", "slot", "split", "state", "visit", "written",
+        "epoch", "flat", "handles", "key", "nbytes", "probe", "read",
+        "ref", "rest", "slot", "split", "state", "visit", "written",
     )  # fmt: skip
 
-    def __init__(self, tensor: Tensor, visit: int) -> None:
+    def __init__(self, tensor: Tensor, visit: int, epoch: int) -> None:
         storage = tensor.untyped_storage()
         self.ref = StorageWeakRef(storage)
         self.key: int = storage._cdata
         self.nbytes = storage.nbytes()
         self.visit = visit
         """Layer call that saved it first."""
+        self.epoch = epoch
+        """See ``ActivationStore``."""
         self.probe = VersionProbe(tensor)
         self.state = State.KEPT
         self.handles = 0
@@ -119,7 +122,7 @@ class Handle:
         self.record: Record | None = None
         self.owner = owner
         self.visit = visit
-        self.kind = tensor.type().replace("torch.", "")
+        self.kind = tensor.type()
         self.size, self.dtype = tensor.size(), tensor.dtype
         if record is None:
             # Not the tensor itself: where a node saves its own output that would be a reference cycle.

@@ -22,7 +22,7 @@ from hdp.offload.meter import Meter
 from hdp.offload.parameters import ParameterStorages
 from hdp.offload.records import Handle, Record, State
 from hdp.offload.split import copy_bytes, make_split
-from hdp.offload.streams import Copies, Done
+from hdp.offload.streams import Copies, Done, without_frames
 from hdp.offload.tiers import Chain, Tier
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class ActivationStore:
         self._leaving: list[Record] = []
         self._ending: list[tuple[Record, tuple[Done, ...]]] = []
         self._error: BaseException | None = None
+        self._epoch = 0
+        """Failed micro-batches so far: records of earlier epochs no longer report errors."""
 
     # ---------------------------------------------------------------- saving
 
@@ -64,7 +66,7 @@ class ActivationStore:
                 return Handle(tensor, owner, visit, None)
             record = self._find(tensor)
             if record is None:
-                record = Record(tensor, visit)
+                record = Record(tensor, visit, self._epoch)
                 self._known[record.key] = record
                 self.meter.add(record.nbytes)
                 if ratio > 0.0 and record.nbytes >= self._min_bytes:
@@ -98,7 +100,7 @@ class ActivationStore:
         flat = record.flat
         assert flat is not None
         slot = self.chain.reserve(split.away)
-        rest = torch.empty(split.rest, dtype=torch.uint8, device=self.device) if split.rest else None
+        rest = self._room(split.rest) if split.rest else None
 
         def copy_out() -> None:
             slot.tier.write(slot, flat, split)
@@ -140,6 +142,7 @@ class ActivationStore:
             record.read = stream.run(copy_back, (written, self._copies.fence()))
 
     def _room(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] on the device. Not from malloc on a CPU: buffers that outlive a layer would tear its heap."""
         if self.device.type == "cpu":
             return self._returned.lease(nbytes)
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
@@ -206,14 +209,15 @@ class ActivationStore:
         try:
             record.written.wait()
         except BaseException as error:
-            self._error = self._error or error
+            self._note(error, record)
             return True  # the source stays: nothing else holds these bytes
         record.flat, record.state = None, State.AWAY
         self.meter.add(-record.nbytes)
         return True
 
     def _die(self, record: Record) -> None:
-        if record is self._known.get(record.key):  # a later save of changed bytes may have taken its place
+        known = self._known.get(record.key)
+        if known is not None and known is record:  # a later save of changed bytes may have taken its place
             del self._known[record.key]
         self.meter.add(-record.on_device)
         record.state = State.DEAD
@@ -229,7 +233,7 @@ class ActivationStore:
             try:
                 done.wait()
             except BaseException as error:
-                self._error = self._error or error
+                self._note(error, record)
         if record.slot is not None:
             record.slot.tier.release(record.slot)
             record.slot = None
@@ -244,10 +248,15 @@ class ActivationStore:
             try:
                 record.written.wait()
             except BaseException as error:
-                self._error = self._error or error
+                self._note(error, record)
             self.meter.waited_out += time.perf_counter() - start
         self.settle()
         self.raise_error()
+
+    def _note(self, error: BaseException, record: Record) -> None:
+        """Remembers the first error, unless it is about a micro-batch that has failed already."""
+        if self._error is None and record.epoch == self._epoch:
+            self._error = without_frames(error)
 
     def raise_error(self) -> None:
         """Raises the first error of a copy, if there was one; until :meth:`finish` it is raised again at every use."""
@@ -261,16 +270,17 @@ class ActivationStore:
         """
         with self.lock:
             self.settle()
-            for _, dones in self._ending:
+            for record, dones in self._ending:
                 for done in dones:
                     try:
                         done.wait()
                     except BaseException as error:
-                        self._error = self._error or error
+                        self._note(error, record)
             self.settle()
             self._returned.trim()
             self.parameters.forget_dead()
             first, self._error = self._error, None
+            self._epoch += failed
         if first is not None and not failed:
             raise _as_offload_error(first) from first
 

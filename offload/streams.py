@@ -21,6 +21,27 @@ import torch
 Job = Callable[[], None]
 
 
+def without_frames(error: BaseException) -> BaseException:
+    """The error without the frames it passed through, whose locals would keep tensors alive.
+
+    An error that is remembered is held by the saved tensors it is about. Were it to hold a frame that holds the loss,
+    this would be a cycle through autograd's C++ graph, which Python's collector cannot see: all would leak.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def same_error(error: BaseException) -> BaseException:
+    """A new error of the same type and message, so that raising it leaves the remembered one without frames."""
+    try:
+        return type(error)(*error.args)
+    except TypeError:
+        return RuntimeError(repr(error))
+
+
 class Done(Protocol):
     """The end of one job."""
 
@@ -62,7 +83,7 @@ class ThreadDone:
         self._error: BaseException | None = None
 
     def finish(self, error: BaseException | None) -> None:
-        self._error = error
+        self._error = None if error is None else without_frames(error)
         self._event.set()
 
     def ready(self) -> bool:
@@ -71,7 +92,7 @@ class ThreadDone:
     def wait(self) -> None:
         self._event.wait()
         if self._error is not None:
-            raise self._error
+            raise same_error(self._error) from self._error
 
     order = wait
 

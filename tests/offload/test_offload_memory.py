@@ -1,0 +1,210 @@
+"""Memory: what the engine counts, what really is freed, and what the model says."""
+
+# ruff: noqa: SIM117 (the order of contexts is what is tested)
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from offload_helpers import ATTENTION, Shuffle, make_zoo, shuffled_copies, token_ids
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hdp.offload import FileTier, HostTier, OffloadEngine, OffloadError, layer_actions
+from hdp.offload.file_tier import CHUNK
+from hdp.offload.model import LayerBytes, device_bytes, tier_bytes
+
+TOKENS = 64
+KB = 1024
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_zoo(10)
+
+
+def saved_by_a_layer(model, **setting):
+    """(bytes that an inner layer saves, bytes that all save), measured."""
+    with OffloadEngine([HostTier()], min_bytes=1) as engine:
+        batch = engine.micro_batch(model, tokens=TOKENS, ratio=0.0, **setting)
+        with batch:
+            model(token_ids(TOKENS)).backward()
+        return batch.layer_bytes[5], engine.meter.peak_device
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.5, 0.75, 1.0])
+def test_peak_is_what_the_model_says(model, ratio):
+    per_layer, everything = saved_by_a_layer(model)
+    layers = len(model.layers)
+    outside = everything - layers * per_layer  # embedding and head
+    for eagerness in (0.0, 1.0):
+        copies = shuffled_copies(Shuffle(0, eagerness))
+        with OffloadEngine([HostTier()], min_bytes=512, copies=copies) as engine:
+            with engine.micro_batch(model, tokens=TOKENS, ratio=ratio):
+                loss = model(token_ids(TOKENS))
+                away = engine.chain.bytes_by_tier()["host"]
+                loss.backward()
+            peak = engine.meter.peak_device
+        sizes = [LayerBytes(all=per_layer)] * layers
+        actions = layer_actions(layers, policy="offload", ratio=ratio)
+        predicted = device_bytes(sizes, actions) + outside
+        if eagerness == 0.0:
+            assert peak == pytest.approx(predicted, rel=0.1)
+        assert peak <= 1.1 * predicted
+        # The tier rounds to pages, small storages stay: compare what left, not what it takes.
+        assert engine.meter.left == pytest.approx(tier_bytes(sizes, actions), rel=0.1)
+        assert away >= engine.meter.left
+
+
+@pytest.mark.parametrize("keep_ops", [frozenset(), frozenset({ATTENTION})])
+def test_peak_with_recomputation(model, keep_ops):
+    kept, _ = saved_by_a_layer(model, policy="recompute", keep_ops=keep_ops)
+    per_layer, everything = saved_by_a_layer(model)
+    outside = everything - len(model.layers) * per_layer
+    layers = len(model.layers)
+    for ratio in (0.0, 1.0):
+        with OffloadEngine([HostTier()], min_bytes=512, copies=shuffled_copies(Shuffle(0, 0.0))) as engine:
+            with engine.micro_batch(model, tokens=TOKENS, policy="recompute", ratio=ratio, keep_ops=keep_ops):
+                model(token_ids(TOKENS)).backward()
+            actions = layer_actions(layers, policy="recompute", ratio=ratio)
+            predicted = device_bytes([LayerBytes(all=per_layer, kept=kept)] * layers, actions) + outside
+            # One layer's recomputed activations are checkpoint's, not the engine's.
+            assert engine.meter.peak_device <= 1.1 * predicted
+            assert engine.meter.peak_device + per_layer >= 0.85 * predicted
+
+
+class Chain(nn.Module):
+    """Layers whose large outputs are saved by the next operator and by nothing else."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(layers))
+        self.storages: list[StorageWeakRef] = []
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+            self.storages.append(StorageWeakRef(x.untyped_storage()))
+        return x.sum()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 1.0])
+def test_the_source_is_really_freed(ratio):
+    model = Chain(8)
+    with OffloadEngine([HostTier()], min_bytes=512) as engine:
+        with engine.micro_batch(model, tokens=128, ratio=ratio):
+            loss = model(torch.randn(128, 16))
+            engine.settle()
+            alive = sum(not ref.expired() for ref in model.storages)
+            loss.backward()
+    # Kept: what the first and the last layer save (3), plus at most two layers' copies under way.
+    assert alive == 8 if ratio == 0.0 else alive <= 5
+
+
+def test_nothing_is_kept_in_a_cycle(model):
+    gc.collect()
+    gc.disable()
+    try:
+        with OffloadEngine([HostTier()], min_bytes=512) as engine:
+            for policy in ("keep", "offload", "recompute"):
+                with engine.micro_batch(model, tokens=TOKENS, policy=policy):
+                    loss = model(token_ids(TOKENS))
+                    del loss  # backward never runs
+                engine.settle()
+                assert engine.meter.device == 0
+                assert engine.chain.bytes_by_tier() == {"host": 0}
+    finally:
+        gc.enable()
+
+
+def test_no_growth_after_the_second_step_and_nothing_at_the_end(model, tmp_path):
+    host, disk = HostTier(budget=300 * KB), FileTier(tmp_path)
+    per_layer, _ = saved_by_a_layer(model)
+    owned, counts = [], []
+    with OffloadEngine([host, disk], min_bytes=512) as engine:
+        for _ in range(6):
+            with engine.micro_batch(model, tokens=TOKENS):
+                model(token_ids(TOKENS)).backward()
+            owned.append((host.owned, disk.owned, disk.peak))
+            # These two depend on how copies meet: one staging buffer a direction, and two layers on their way back.
+            assert disk.staging <= 2 * CHUNK
+            assert engine._returned.peak_owned <= 2.5 * per_layer
+            counts.append((host.used, disk.used, engine.meter.device))
+        assert counts == [(0, 0, 0)] * 6
+        assert all(later <= second for step in owned[2:] for later, second in zip(step, owned[1], strict=True)), owned
+        assert 0 < host.owned <= 300 * KB and 0 < host.peak <= host.owned + host.owned // 8 and disk.owned > 0
+        engine.trim()
+        assert (host.owned, disk.owned, engine._returned.owned) == (0, 0, 0)
+
+
+def test_budget_that_is_too_small_is_an_error_that_says_so(model):
+    with OffloadEngine([HostTier(budget=64 * KB)], min_bytes=512) as engine:
+        with pytest.raises(OffloadError, match=r"no tier has room for \d+ more bytes \(host holds .* of 65536"):
+            with engine.micro_batch(model, tokens=TOKENS):
+                model(token_ids(TOKENS))
+        gc.collect()  # an exception and its frames hold one another
+        engine.finish(failed=False)
+        assert engine.chain.bytes_by_tier() == {"host": 0}
+        with engine.micro_batch(model, tokens=TOKENS, policy="keep"):
+            model(token_ids(TOKENS)).backward()
+
+
+def test_an_exception_in_forward_leaves_nothing_behind(model, tmp_path):
+    def fail(*_):
+        raise KeyError("user's own")
+
+    handle = model.layers[6].register_forward_pre_hook(fail)
+    try:
+        with OffloadEngine([HostTier(budget=200 * KB), FileTier(tmp_path)], min_bytes=512) as engine:
+            with pytest.raises(KeyError, match="user's own"), engine.micro_batch(model, tokens=TOKENS):
+                model(token_ids(TOKENS))
+            gc.collect()  # an exception and its frames hold one another
+            engine.finish(failed=False)  # waits for copies that were still under way
+            assert engine.meter.device == 0
+            assert engine.chain.bytes_by_tier() == {"host": 0, "disk": 0}
+    finally:
+        handle.remove()
+    assert all(not layer._forward_hooks and not layer._forward_pre_hooks for layer in model.layers)
+
+
+def test_hooks_and_forwards_are_taken_off(model):
+    with OffloadEngine([HostTier()]) as engine:
+        with engine.micro_batch(model, policy="recompute"):
+            assert "forward" in vars(model.layers[1])
+        assert all("forward" not in vars(layer) for layer in model.layers)
+        assert all(not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+
+
+def test_close_refuses_while_activations_are_out(model):
+    engine = OffloadEngine([HostTier()], min_bytes=512)
+    with engine.micro_batch(model, tokens=TOKENS):
+        loss = model(token_ids(TOKENS))
+    with pytest.raises(OffloadError, match="closed with activations still out"):
+        engine.close()
+    del loss
+
+
+def test_tensors_saved_twice_are_stored_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+
+        def forward(self, x):
+            for layer in self.layers:
+                y = layer(x)
+                x = torch.tanh(
+                    (y * y).view(2, 64, 16).transpose(1, 2).sin().mul(y.view(2, 64, 16).mT).mT.reshape(128, 16)
+                )
+            return x.sum()
+
+    model = Twice()
+    with OffloadEngine([HostTier()], min_bytes=512) as engine:
+        batch = engine.micro_batch(model, tokens=128, ratio=1.0)
+        with batch:
+            model(torch.randn(128, 16)).backward()
+        one = 128 * 16 * 4
+        # A layer's: y (saved three times, twice as a view), y*y, sin(y*y), tanh: four storages.
+        assert batch.layer_bytes[1] == 4 * one
