@@ -91,7 +91,7 @@ class Ranks:
         self._processes = []
         for rank in range(world_size):
             mine, theirs = _CONTEXT.Pipe()
-            arguments = (rank, world_size, port, rank0_hosts_store, timeout, theirs, str(self._file(rank)))
+            arguments = (rank, world_size, port, rank0_hosts_store, timeout, theirs, str(self.output(rank)))
             process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True, name=f"rank{rank}")
             process.start()
             theirs.close()
@@ -106,8 +106,13 @@ class Ranks:
             raise RanksFailed("\n" + "\n".join(map(str, outcomes)))
         return [outcome.value for outcome in outcomes]
 
-    def outcomes(self, function: Callable[..., Any], *arguments: Any, limit: float = 60.0) -> list[Outcome]:
-        """How ``function`` ended on each rank, well or not. After a failure no rank is left and ``alive`` is False."""
+    def outcomes(
+        self, function: Callable[..., Any], *arguments: Any, limit: float = 60.0, grace: float = GRACE
+    ) -> list[Outcome]:
+        """How ``function`` ended on each rank, well or not. After a failure no rank is left and ``alive`` is False.
+
+        ``limit``: seconds that it may take; ``grace``: seconds that are left for the others when one has failed.
+        """
         call = pickle.dumps((function, arguments))
         for pipe in self._pipes:
             with contextlib.suppress(BrokenPipeError):
@@ -120,12 +125,12 @@ class Ranks:
                 outcome = self._receive(waiting[pipe], time.monotonic() - began)
                 found[outcome.rank] = outcome
                 if outcome.exit_code is not None:
-                    until = min(until, outcome.seconds + GRACE)
+                    until = min(until, outcome.seconds + grace)
         if len(found) == self.world_size and all(o.exit_code is None for o in found.values()):
             return [found[rank] for rank in range(self.world_size)]
         late = self._end(missing=[rank for rank in range(self.world_size) if rank not in found])
         found |= {o.rank: o for o in late}
-        outputs = [self._file(rank).read_text(errors="replace") for rank in range(self.world_size)]
+        outputs = [self.output(rank).read_text(errors="replace") for rank in range(self.world_size)]
         return [Outcome(**{**found[r].__dict__, "output": outputs[r]}) for r in range(self.world_size)]
 
     @property
@@ -152,7 +157,8 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _file(self, rank: int) -> Path:
+    def output(self, rank: int) -> Path:
+        """What the rank prints, stdout and stderr together."""
         return Path(self._folder.name) / f"rank{rank}.txt"
 
     def _receive(self, rank: int, seconds: float) -> Outcome:
