@@ -117,8 +117,8 @@ def draw(plan: Plan, cost: CostModel, topology: Topology, path: Path) -> None:
             color=color,
             edgecolor="white",
             linewidth=edge,
-            label=label,
         )
+        axes.bar(0, 0, color=color, label=label)
     axes.axvline(line.makespan * TICK, color="#b03030", linewidth=1, label="end of step")
     axes.set_xlim(0, line.makespan * TICK * 1.02 or 1)
     axes.set_ylim(rows - 0.5, -0.5)

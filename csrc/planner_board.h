@@ -18,6 +18,7 @@ struct BoardOptions {
   i64 target = 0;           // ticks that no rank should exceed
   bool barrier = false;     // regime slot: one micro-batch a rank; tokens count, waiting does not; leftovers are allowed
   i64 spread_from = kNever;  // sequences of at least this many tokens are spread inside a node though they fit one rank
+  bool aligned = false;      // groups of several nodes are equal parts of the world: nested, so that none waits
   bool in_order = false;     // the last wave runs where the board puts it, after the whole sequences placed before it
   bool wide_groups = false;  // of two choices that waste alike, the one that is done first, not the one that starts first
 };
@@ -166,7 +167,7 @@ class Board {
     if (fewest_ranks > world) fewest_ranks = options_.barrier ? world + 1 : world;
     if (fewest_ranks > world) return {};
     // A sequence that fills its ranks to more than half of the target takes the next untouched ranks, as few as it needs.
-    if (cursor_ + fewest_ranks <= world && share(machine_, seq_, d, fewest_ranks, 1) > target / 2) {
+    if (!options_.aligned && cursor_ + fewest_ranks <= world && share(machine_, seq_, d, fewest_ranks, 1) > target / 2) {
       Choice choice = measure(d, fewest_ranks, 1, 0, 0, target);
       choice.first = static_cast<int>(cursor_), choice.count = static_cast<int>(fewest_ranks);
       if (choice.feasible) {
@@ -177,9 +178,11 @@ class Board {
     cursor_ = world;
     const i64 first = ceil_div(fewest_ranks, node);
     const i64 last = std::max(first, most_hidden(machine_, seq_, d, world, 1) / node);
-    const i64 stride = std::max<i64>(1, (last - first) / 8);
+    const i64 stride = options_.aligned ? 1 : std::max<i64>(1, (last - first) / 8);
     Choice best;
-    for (i64 m = first; m <= std::min<i64>(last, machine_.nodes()); m += stride) {
+    for (i64 m = first; m <= machine_.nodes(); m += stride) {
+      if (m > last && (!options_.aligned || best.count > 0)) break;
+      if (options_.aligned && machine_.nodes() % m) continue;
       Choice found = window(d, static_cast<int>(m), target);
       if (found.count > 0 && (best.count == 0 || better(found, best))) best = found;
     }
@@ -209,7 +212,7 @@ class Board {
       if (first < 0) continue;
       if (deque[head] < first) ++head;
       const i64 ranks = machine_.end(v) - machine_.begin(first);
-      if (blocked < first && ranks >= seq_.smallest[d]) {
+      if (blocked < first && ranks >= seq_.smallest[d] && !(options_.aligned && first % m)) {
         const i64 start = node_most_[deque[head]], wait = start * ranks - sum;
         if (start < best_start || (start == best_start && wait < best_wait)) {
           best_start = start, best_wait = wait, best_v = first;

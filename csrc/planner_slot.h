@@ -44,7 +44,7 @@ class SlotSearch {
   i64 constant_;  // ticks of one micro-batch whatever it holds
 
   // Durations in turn, each first with the fewest shared sequences, then with many. The more were tried, the sooner one
-  // is good enough: idle time of 1/512 of the work at first, more with every pair tried.
+  // is good enough: idle time of 1/512 of the work at first (1/4096 in small batches, which cost little to search), more with every pair tried.
   Slot best_slot(const std::vector<int>& left, int effort) const {
     Slot best;
     int tried = 0;
@@ -53,7 +53,7 @@ class SlotSearch {
         Slot slot = fill(left, target, spread_from);
         if (slot.useful > 0 && better(slot, best)) best = std::move(slot);
         ++tried;
-        if (best.useful > 0 && idle(best) * 512 < static_cast<__int128>(best.useful) * (1 + tried / 4)) return best;
+        if (best.useful > 0 && idle(best) * (seq_.count < 4096 ? 4096 : 512) < static_cast<__int128>(best.useful) * (1 + tried / 4)) return best;
       }
       if (tried >= effort && best.useful > 0) break;
     }
@@ -126,6 +126,7 @@ class SlotSearch {
     std::sort(shares.begin(), shares.end());
     // Alternate, so that either kind comes early.
     std::vector<i64> mixed;
+    if (seq_.work[d] > average) mixed.push_back(share(machine_, seq_, d, fair, fair > size));
     for (std::size_t i = 0; i < std::max(targets.size(), shares.size()); ++i) {
       if (i < targets.size()) mixed.push_back(targets[i]);
       if (i < shares.size()) mixed.push_back(shares[i]);

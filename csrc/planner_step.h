@@ -167,7 +167,7 @@ class StepSearch {
   }
 
  private:
-  static constexpr int kVariants = 4;
+  static constexpr int kVariants = 6;  // bit 0: wide groups; 1: not in order; 2: aligned
   const Machine& machine_;
   const Sequences& seq_;
   std::vector<int> order_;
@@ -178,6 +178,7 @@ class StepSearch {
     options.target = target;
     options.in_order = !(variant & 2);
     options.wide_groups = variant & 1;
+    options.aligned = variant & 4;
     Assignment plan;
     Board board(machine_, seq_, options);
     board.fill(order_, plan.groups);

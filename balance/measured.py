@@ -1,0 +1,132 @@
+"""What ``hdp profile`` measured: a cost model and links, as a JSON file.
+
+profile = Profile.read("profile.json")
+plan(lengths, profile.topology(world_size=64), profile.cost, ...)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hdp.balance.cost import CostModel
+from hdp.balance.plan import PlanError
+from hdp.balance.topology import Link, Topology
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One measured micro-batch: some documents of one length on one rank."""
+
+    length: int
+    """Tokens of each document."""
+    documents: int
+    forward: float
+    """Seconds."""
+    backward: float
+    """Seconds."""
+    fitted: float = 0.0
+    """Seconds of forward and backward together that the fitted cost model says."""
+
+    @property
+    def seconds(self) -> float:
+        return self.forward + self.backward
+
+    @property
+    def error(self) -> float:
+        """Of the fit, relative."""
+        return self.fitted / self.seconds - 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A measured machine."""
+
+    model: str
+    device: str
+    """What was measured on, in words."""
+    world_size: int
+    """Ranks that measured together."""
+    ranks_per_node: int
+    cost: CostModel
+    samples: tuple[Sample, ...]
+    intra: Link | None
+    """Between ranks of one node, all sending at once; None: not measured."""
+    inter: Link | None
+    """The same between nodes."""
+    parameters: int
+    """Of the model."""
+
+    def topology(self, *, world_size: int | None = None, ranks_per_node: int | None = None) -> Topology:
+        """With the measured links. Where only one kind was measured, it stands for both."""
+        links = [link for link in (self.intra, self.inter) if link is not None]
+        if not links:
+            raise PlanError("the profile has no links: measure with two ranks or more (torchrun), or give bandwidths")
+        return Topology(
+            world_size=world_size or self.world_size,
+            ranks_per_node=ranks_per_node or self.ranks_per_node,
+            intra=self.intra or links[0],
+            inter=self.inter or links[0],
+        )
+
+    def write(self, path: str | Path) -> None:
+        fields = {"format": FORMAT, **asdict(self)}
+        Path(path).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Profile:
+        """Raises PlanError for a file that is none."""
+        try:
+            fields: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            if fields.pop("format") != FORMAT:
+                raise PlanError(f"{path} is a profile of another format: run hdp profile again")
+            links = {name: Link(**fields[name]) if fields[name] else None for name in ("intra", "inter")}
+            samples = tuple(Sample(**sample) for sample in fields["samples"])
+            return cls(**{**fields, **links, "samples": samples, "cost": CostModel(**fields["cost"])})
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise PlanError(f"{str(path)!r} is no profile of hdp profile: {error}") from error
+
+
+def fit(
+    samples: Sequence[Sample], layers: int, head: float
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """(a, b, c) of one layer's forward and backward: seconds per squared token, per token, per micro-batch.
+
+    Least squares of relative errors, no term negative. ``head``: seconds per token outside the layers, forward and
+    backward together; one third of it counts as forward.
+    """
+    tokens = np.array([s.length * s.documents for s in samples], dtype=np.float64)
+    squares = np.array([float(s.length) ** 2 * s.documents for s in samples])
+    matrix = np.stack([squares, tokens, np.ones(len(samples))], axis=1)
+    passes = []
+    for part, seconds in ((1 / 3, [s.forward for s in samples]), (2 / 3, [s.backward for s in samples])):
+        layer = (np.array(seconds) - tokens * head * part) / layers
+        passes.append(_fit(matrix, np.maximum(layer, 0.02 * np.array(seconds) / layers)))
+    return passes[0], passes[1]
+
+
+def _fit(matrix: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple[float, float, float]:
+    scaled, ones = matrix / seconds[:, None], np.ones(len(seconds))
+    best, least = (0.0, 0.0, 0.0), np.inf
+    for chosen in ((0, 1, 2), (0, 1), (0, 2), (1, 2), (0,), (1,)):  # the best subset whose terms are not negative
+        found = np.linalg.lstsq(scaled[:, chosen], ones, rcond=None)[0]
+        error = float(((scaled[:, chosen] @ found - ones) ** 2).sum())
+        if found.min() >= 0 and error < least:
+            terms = dict(zip(chosen, found.tolist(), strict=True))
+            best, least = (terms.get(0, 0.0), terms.get(1, 0.0), terms.get(2, 0.0)), error
+    return best
+
+
+def predicted(cost: CostModel, length: int, documents: int) -> float:
+    """Seconds of ``documents`` whole documents in one micro-batch on one rank, forward and backward."""
+    attention = float(cost.attention_seconds([length])[0]) * (1.0 + cost.backward_quadratic)
+    linear = length * (cost.layers * cost.linear + cost.head) * (1.0 + cost.backward_linear)
+    return documents * (attention + linear) + cost.layers * cost.constant

@@ -1,0 +1,81 @@
+"""``hdp plan`` as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hdp.cli import main
+
+ARGUMENTS = ["--world-size", "8", "--ranks-per-node", "8", "--capacity", "64"]
+
+
+@pytest.fixture
+def lengths(tmp_path: Path) -> Path:
+    path = tmp_path / "lengths.txt"
+    path.write_text("100\n0\n20\n64\n7\n")
+    return path
+
+
+@pytest.mark.parametrize("regime", ["step", "slot"])
+def test_json_covers_every_token(lengths: Path, regime: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--planner auto --model llama-7b --flops 400e12 --intra-bandwidth 400e9 --inter-bandwidth 50e9 --json -"
+    code = main(
+        ["plan", "--lengths", str(lengths), *ARGUMENTS, "--regime", regime, *arguments.split(), "--offload", "off"]
+    )
+    made = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert (made["world_size"], made["capacity"], made["regime"], made["planner"]) == (8, 64, regime, "auto")
+    assert made["predicted_seconds"] >= made["lower_bound_seconds"] > 0
+    assert made["planning_seconds"] > 0
+    covered: dict[int, list[list[int]]] = {}
+    for mb in made["micro_batches"]:
+        for shard in mb["shards"]:
+            assert mb["rank"] in shard["group"]
+            covered.setdefault(shard["sequence"], []).extend(shard["ranges"])
+    for sequence, length in enumerate([100, 0, 20, 64, 7]):
+        tokens = [t for start, stop in covered.get(sequence, []) for t in range(start, stop)]
+        assert sorted(tokens) == list(range(length))
+
+
+def test_table_pictures_and_trace(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = {kind: tmp_path / f"plan.{kind}" for kind in ("png", "svg", "trace")}
+    options = [part for kind, path in outputs.items() for part in (f"--{kind}", str(path))]
+    assert main(["plan", "--lengths", str(lengths), *ARGUMENTS, *options]) == 0
+    shown = capsys.readouterr().out
+    assert "5 documents, 191 tokens" in shown
+    assert "waiting" in shown
+    assert outputs["png"].read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in outputs["svg"].read_text()
+    events = json.loads(outputs["trace"].read_text())["traceEvents"]
+    assert {e["tid"] for e in events if e["ph"] == "X"} <= set(range(8))
+    assert all(e["dur"] > 0 for e in events if e["ph"] == "X")
+
+
+def test_too_long_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_text("600\n")
+    assert main(["plan", "--lengths", str(path), *ARGUMENTS]) == 3
+    assert "offload ratio of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "line"), [("3\nx\n", "line 2"), ("1\n\n2\n", "line 2"), ("1.5\n", "line 1")])
+def test_bad_files_name_the_line(text: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_text(text)
+    assert main(["plan", "--lengths", str(path), *ARGUMENTS]) == 3
+    assert line in capsys.readouterr().err
+
+
+def test_planning_needs_no_torch(lengths: Path) -> None:
+    script = (
+        "import sys; from hdp.cli import main; code = main(sys.argv[1:]); assert code == 0; "
+        "assert 'torch' not in sys.modules, 'torch was imported'"
+    )
+    command = [sys.executable, "-c", script, "plan", "--lengths", str(lengths), *ARGUMENTS]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
