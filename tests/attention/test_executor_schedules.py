@@ -1,0 +1,191 @@
+"""Every schedule through lowering and executor on virtual ranks, against dense attention in float64."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from hdp.attention.backends import Scoring
+from hdp.attention.counts import Sizes, count
+from hdp.attention.layout import make_layout
+from hdp.attention.mask import Mask
+from hdp.attention.program import HeadCount
+from hdp.attention.schedules import get_schedule
+from tests.attention.virtual import Sequence_, attend_together, make_data
+
+HEAD_DIM = 8
+SCORING = Scoring(HEAD_DIM**-0.5)
+SCHEDULES = (
+    *("ring", "ring_q", "token_ring", "direct", "all_gather", "all_gather:2", "ulysses", "ulysses:2"),
+    *("hybrid:2", "hybrid:4", "double_ring:2", "double_ring:4"),
+)
+HEADS = {
+    "mha": HeadCount(query=4, key=4),
+    "gqa3": HeadCount(query=6, key=2),
+    "gqa8": HeadCount(query=16, key=2),
+    "mqa": HeadCount(query=5, key=1),
+}
+MASKS = {
+    "causal": (Mask(), "zigzag"),
+    "striped": (Mask(), "striped"),
+    "bidirectional": (Mask(causal=False), "contiguous"),
+    "window": (Mask(window=11), "zigzag"),
+    "window_both_ways": (Mask(causal=False, window=7), "contiguous"),
+}
+LENGTHS = (61, 5, 130, 1, 24)  # nothing divides them; fewer tokens than ranks
+GROUPS = (1, 2, 3, 4, 5, 8)
+
+
+def serves(name: str, size: int) -> bool:
+    base, _, number = name.partition(":")
+    return base not in ("hybrid", "double_ring") or size % int(number) == 0
+
+
+def mixed(name: str, draw: random.Random, world: int, layout: str) -> list[Sequence_]:
+    """Sequences on groups of every size that the schedule serves, and local ones between them."""
+    sequences = [Sequence_(length=draw.choice(LENGTHS), group=(draw.randrange(world),), layout=layout)]
+    for size in (s for s in GROUPS if s <= world and serves(name, s)):
+        group = tuple(draw.sample(range(world), size))
+        schedule = name if size > 1 else "local"
+        sequences.append(Sequence_(length=draw.choice(LENGTHS), group=group, schedule=schedule, layout=layout))
+        sequences.append(Sequence_(length=draw.choice(LENGTHS), group=(draw.randrange(world),), layout=layout))
+    return sequences
+
+
+@pytest.mark.parametrize("mask_name", MASKS)
+@pytest.mark.parametrize("heads_name", HEADS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_float64_is_exact(name: str, heads_name: str, mask_name: str) -> None:
+    draw = random.Random(f"{name} {heads_name} {mask_name}")
+    (mask, layout), heads = MASKS[mask_name], HEADS[heads_name]
+    sequences = mixed(name, draw, draw.choice((4, 5, 8)), layout)
+    data = make_data([s.length for s in sequences], heads, HEAD_DIM, mask, SCORING, torch.float64, seed=1)
+    result = attend_together(
+        *(sequences, data, mask, SCORING, torch.float64),
+        backend="reference",
+        seed=draw.randrange(1000),
+        can_ask=draw.random() < 0.5,
+    )
+    for what, error in result.errors(data).items():
+        assert error <= 1e-12, f"{what}: {error}"
+    for lse, d in zip(result.lse, data, strict=True):
+        assert lse.isfinite().all() and len(lse) == len(d.q)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("heads_name", ["mha", "gqa3", "mqa"])
+def test_float32_and_bfloat16(name: str, heads_name: str) -> None:
+    """fp32 within 1e-5; bf16 at most 1.5 x the error of the same sequences on one rank each."""
+    draw = random.Random(f"{name} {heads_name}")
+    heads = HEADS[heads_name]
+    mask, layout = MASKS[draw.choice(("causal", "bidirectional", "window"))]
+    sequences = mixed(name, draw, draw.choice((4, 8)), layout)
+    lengths = [s.length for s in sequences]
+    exact = make_data(lengths, heads, HEAD_DIM, mask, SCORING, torch.float32, seed=2)
+    result = attend_together(sequences, exact, mask, SCORING, torch.float32, backend="cpu", seed=3)
+    assert max(result.errors(exact).values()) <= 1e-5
+    rough = make_data(lengths, heads, HEAD_DIM, mask, SCORING, torch.bfloat16, seed=2)
+    shared = attend_together(sequences, rough, mask, SCORING, torch.bfloat16, backend="cpu", seed=3)
+    alone = [Sequence_(length=s.length, group=(0,), layout=layout) for s in sequences]
+    single = attend_together(alone, rough, mask, SCORING, torch.bfloat16, backend="cpu", seed=3)
+    limits = single.errors(rough)
+    for what, error in shared.errors(rough).items():
+        assert error <= 1.5 * limits[what], f"{what}: {error} against {limits[what]} on one rank"
+
+
+@pytest.mark.parametrize("forward", ["ring", "ulysses", "token_ring"])
+@pytest.mark.parametrize("backward", ["ring_q", "direct", "all_gather", "token_ring"])
+def test_backward_may_take_another_schedule(forward: str, backward: str) -> None:
+    mask, heads = Mask(), HEADS["gqa3"]
+    sequences = [Sequence_(length=61, group=(2, 0, 1), schedule=forward, backward=backward)]
+    data = make_data([61], heads, HEAD_DIM, mask, SCORING, torch.float64, seed=1)
+    result = attend_together(sequences, data, mask, SCORING, torch.float64, backend="reference")
+    assert max(result.errors(data).values()) <= 1e-12
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_bytes_sent_are_those_of_the_program(name: str, backward: bool) -> None:
+    """Closed forms equal the programs (test_costs); here the programs equal what really left each rank."""
+    heads, mask, sizes = HEADS["gqa3"], Mask(), Sizes(head_dim=HEAD_DIM, model_bytes=2)
+    group = (1, 3, 0, 2)
+    sequences = [Sequence_(length=61, group=group, schedule=name), Sequence_(length=24, group=(0,))]
+    data = make_data([61, 24], heads, HEAD_DIM, mask, SCORING, torch.bfloat16, seed=1)
+    result = attend_together(sequences, data, mask, SCORING, torch.bfloat16, backend="cpu")
+    layout, schedule = make_layout("zigzag", 61, 4), get_schedule(name)
+    make = schedule.backward if backward else schedule.forward
+    expected = {
+        rank: count(make(layout, mask, heads, m), layout, mask, heads, m, sizes, backward).sent_bytes
+        for m, rank in enumerate(group)
+    }
+    sent = result.networks[backward].sent_bytes
+    assert {rank: sent[rank] for rank in group} == expected
+
+
+@pytest.mark.parametrize("name", ["ring", "ring_q", "token_ring", "ulysses:2", "double_ring:2", "all_gather"])
+def test_narrow_inputs_on_the_wire(name: str) -> None:
+    """fp32 with bf16 on the way: fewer bytes, and errors of bf16 rounding of q, k, v alone."""
+    heads, mask = HEADS["gqa3"], Mask()
+    sequences = [Sequence_(length=61, group=(0, 1, 2, 3), schedule=name), Sequence_(length=24, group=(2,))]
+    data = make_data([61, 24], heads, HEAD_DIM, mask, SCORING, torch.float32, seed=1)
+    options = {"backend": "cpu", "seed": 5}
+    full = attend_together(sequences, data, mask, SCORING, torch.float32, **options)
+    narrow = attend_together(sequences, data, mask, SCORING, torch.float32, wire_dtype=torch.bfloat16, **options)
+    assert sum(narrow.networks[0].sent_bytes.values()) < sum(full.networks[0].sent_bytes.values())
+    errors = narrow.errors(data)
+    assert 1e-5 < max(errors.values()) < 2e-2
+    rounded = make_data([61, 24], heads, HEAD_DIM, mask, SCORING, torch.bfloat16, seed=1)
+    exact = attend_together(sequences, rounded, mask, SCORING, torch.float32, wire_dtype=torch.bfloat16, **options)
+    assert max(exact.errors(rounded).values()) <= 1e-5  # what bf16 holds exactly arrives exactly
+
+
+def test_any_order_of_delivery_gives_the_same_bits() -> None:
+    mask, heads = Mask(), HEADS["gqa3"]
+    draw = random.Random(1)
+    sequences = mixed("ring", draw, 5, "zigzag") + mixed("token_ring", draw, 5, "zigzag")
+    data = make_data([s.length for s in sequences], heads, HEAD_DIM, mask, SCORING, torch.float32, seed=1)
+    runs = [
+        attend_together(sequences, data, mask, SCORING, torch.float32, backend="cpu", seed=seed, can_ask=ask)
+        for seed, ask in ((0, True), (1, True), (2, False))
+    ]
+    for name in ("out", "lse", "dq", "dk", "dv"):
+        for other in runs[1:]:
+            for a, b in zip(getattr(runs[0], name), getattr(other, name), strict=True):
+                assert torch.equal(a, b)
+
+
+def test_one_document_changes_no_other() -> None:
+    mask, heads = Mask(), HEADS["mha"]
+    sequences = mixed("ring", random.Random(2), 4, "zigzag")
+    data = make_data([s.length for s in sequences], heads, HEAD_DIM, mask, SCORING, torch.float32, seed=1)
+    before = attend_together(sequences, data, mask, SCORING, torch.float32, backend="cpu")
+    changed = 2
+    for name in ("q", "k", "v", "do"):
+        setattr(data[changed], name, getattr(data[changed], name) + 1)
+    after = attend_together(sequences, data, mask, SCORING, torch.float32, backend="cpu")
+    for name in ("out", "dq", "dk", "dv"):
+        for number, (a, b) in enumerate(zip(getattr(before, name), getattr(after, name), strict=True)):
+            assert torch.equal(a, b) == (number != changed), f"{name} of sequence {number}"
+
+
+def test_lowering_is_linear_and_buffers_are_reused() -> None:
+    """A ring of 128 needs the arena of a ring of 32, and as many operations a step."""
+    from hdp.attention.lower import Task, lower
+    from hdp.attention.lowered import Geometry
+
+    heads, mask = HEADS["gqa3"], Mask()
+    geometry = Geometry(heads=heads, head_dim=HEAD_DIM, model_bytes=2, sum_bytes=4)
+
+    def lowered(size: int, backward: bool):
+        layout, schedule = make_layout("zigzag", 128 * size, size), get_schedule("ring")
+        program = (schedule.backward if backward else schedule.forward)(layout, mask, heads, 3)
+        task = Task(sequence=0, layout=layout, group=tuple(range(size)), member=3, row=0, program=program, mask=mask)
+        return lower([task], geometry, backward)
+
+    for backward in (False, True):
+        small, large = lowered(32, backward), lowered(128, backward)
+        assert large.arena_bytes <= 1.01 * small.arena_bytes
+        operations = [sum(len(r.calls) + len(r.sends) + len(r.merges) for r in p.rounds) for p in (small, large)]
+        assert operations[1] <= 4.5 * operations[0]

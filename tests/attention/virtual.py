@@ -1,0 +1,199 @@
+"""Virtual ranks: whole micro-batches of several sequences, forward and backward, in one process, in any order of delivery."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hdp.attention.backends import Scoring
+from hdp.attention.channel import VirtualNetwork
+from hdp.attention.executor import drive_together
+from hdp.attention.layout import Ranges, make_layout
+from hdp.attention.mask import Mask
+from hdp.attention.program import HeadCount
+from hdp.attention.route import AttentionRuntime, LayerKey, Route, RouteShard
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequence_:
+    """One sequence: its length, the ranks that share it, how."""
+
+    length: int
+    group: tuple[int, ...]
+    schedule: str = "local"
+    backward: str = ""
+    layout: str = "zigzag"
+
+    def shard(self, number: int) -> RouteShard:
+        return RouteShard(
+            sequence=number,
+            length=self.length,
+            group=self.group,
+            schedule=self.schedule,
+            schedule_backward=self.backward or self.schedule,
+            layout=self.layout,
+        )
+
+    def ranges(self, rank: int) -> Ranges:
+        return make_layout(self.layout, self.length, len(self.group)).shard_ranges(self.group.index(rank))
+
+
+@dataclass
+class Data:
+    """One sequence's tensors, each [tokens, heads, head_dim], and what dense attention makes of them (float64)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    out: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring) -> Tensor:
+    """Attention written out; autograd works through it."""
+    tokens, group = q.shape[0], q.shape[1] // k.shape[1]
+    position = torch.arange(tokens)
+    allowed = torch.ones(tokens, tokens, dtype=torch.bool)
+    if mask.causal:
+        allowed &= position[None] <= position[:, None]
+    if mask.window:
+        allowed &= (position[:, None] - position[None]).abs() < mask.window
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * scoring.scale
+    if scoring.softcap:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
+
+
+def make_data(
+    lengths: Sequence[int], heads: HeadCount, head_dim: int, mask: Mask, scoring: Scoring, dtype: torch.dtype, seed: int
+) -> list[Data]:
+    """Random sequences, rounded to ``dtype`` but held in float64, with float64 results."""
+    draw = torch.Generator().manual_seed(seed)
+    made = []
+    for length in lengths:
+        shapes = [(length, n, head_dim) for n in (heads.query, heads.key, heads.key, heads.query)]
+        q, k, v, do = (torch.randn(s, generator=draw, dtype=torch.float64).to(dtype).double() for s in shapes)
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        out = dense(*leaves, mask, scoring)
+        dq, dk, dv = torch.autograd.grad(out, leaves, do) if length else leaves
+        made.append(Data(q.detach(), k.detach(), v.detach(), do, out.detach(), dq, dk, dv))
+    return made
+
+
+@dataclass
+class Result:
+    """What the ranks computed, put together again; sequences in order."""
+
+    out: list[Tensor]
+    lse: list[Tensor]
+    dq: list[Tensor]
+    dk: list[Tensor]
+    dv: list[Tensor]
+    networks: tuple[VirtualNetwork, VirtualNetwork]
+    """Of forward and of backward."""
+    peaks: dict[int, int] = field(default_factory=dict)
+    """Bytes of each rank's arena."""
+
+    def errors(self, data: Sequence[Data]) -> dict[str, float]:
+        """Largest relative error of each result over all sequences: ||difference|| / ||result||."""
+        found = {}
+        for name in ("out", "dq", "dk", "dv"):
+            pairs = [(mine, getattr(d, name), d.do) for mine, d in zip(getattr(self, name), data, strict=True)]
+            # A query that sees one key has no gradient: rounding there is measured against the gradient that came in.
+            found[name] = max(
+                ((mine.double() - want).norm() / max(want.norm().item(), 0.1 * do.norm().item())).item()
+                for mine, want, do in pairs
+                if len(do)
+            )
+        return found
+
+
+def attend_together(
+    sequences: Sequence[Sequence_],
+    data: Sequence[Data],
+    mask: Mask,
+    scoring: Scoring,
+    dtype: torch.dtype,
+    *,
+    backend: str,
+    seed: int = 0,
+    can_ask: bool = True,
+    wire_dtype: torch.dtype | None = None,
+) -> Result:
+    """Runs all ranks that the sequences name, forward and backward."""
+    ranks = sorted({r for s in sequences for r in s.group})
+    networks = VirtualNetwork(seed), VirtualNetwork(seed + 1)
+    heads = HeadCount(query=data[0].q.shape[1], key=data[0].k.shape[1])
+    key = LayerKey(heads=heads, head_dim=data[0].q.shape[2], dtype=dtype, mask=mask)
+    places = {r: _Rank(r, sequences, data, key, backend, wire_dtype) for r in ranks}
+    for is_backward, network in enumerate(networks):
+        runs = {r: p.start(bool(is_backward), network.channel(r, can_ask), scoring, seed) for r, p in places.items()}
+        drive_together(runs, network, seed)
+    result = Result([], [], [], [], [], networks, {r: p.runtime.peak_bytes for r, p in places.items()})
+    for number, (sequence, d) in enumerate(zip(sequences, data, strict=True)):
+        for name, like in (("out", d.q), ("lse", d.q[:, :, 0]), ("dq", d.q), ("dk", d.k), ("dv", d.k)):
+            whole = torch.full_like(like, float("nan"))
+            for r in sequence.group:
+                for (start, stop), rows in places[r].rows(number):
+                    whole[start:stop] = places[r].tensors[name][rows].double()
+            getattr(result, name).append(whole)
+    return result
+
+
+class _Rank:
+    """One virtual rank's tensors, packed."""
+
+    def __init__(
+        self,
+        rank: int,
+        sequences: Sequence[Sequence_],
+        data: Sequence[Data],
+        key: LayerKey,
+        backend: str,
+        wire_dtype: torch.dtype | None,
+    ) -> None:
+        self.rank, self.sequences, self.key = rank, sequences, key
+        self.runtime = AttentionRuntime(rank, VirtualNetwork().channel(rank), CPU, backend, wire_dtype)
+        mine = [(i, s) for i, s in enumerate(sequences) if rank in s.group]
+        self.route = Route(self.runtime, [s.shard(i) for i, s in mine])
+        sums = torch.float64 if key.dtype == torch.float64 else torch.float32
+        self.tensors = {
+            name: torch.cat([getattr(data[i], name)[a:b] for i, s in mine for a, b in s.ranges(rank)] or [like[:0]]).to(
+                key.dtype
+            )
+            for name, like in (("q", data[0].q), ("k", data[0].k), ("v", data[0].k), ("do", data[0].q))
+        }
+        nan = float("nan")
+        for name, like in (("out", "q"), ("dq", "q"), ("dk", "k"), ("dv", "k")):
+            self.tensors[name] = torch.full_like(self.tensors[like], nan)
+        self.tensors["lse"] = torch.full(self.tensors["q"].shape[:2], nan, dtype=sums)
+        self.kept = torch.empty(self.route.program(key, False).lowered.kept_bytes, dtype=torch.uint8)
+
+    def start(self, backward: bool, channel: object, scoring: Scoring, seed: int):
+        executor = self.runtime.executor(self.key.dtype)
+        executor = type(executor)(executor.backend, channel)
+        program = self.route.program(self.key, backward)
+        t = self.tensors
+        if backward:
+            t["delta"] = (t["do"].to(t["lse"].dtype) * t["out"].to(t["lse"].dtype)).sum(-1)
+        views = program.bind([t[name] for name in program.lowered.externals], self.kept)
+        return executor.run(program, views, scoring, (seed, int(backward)))
+
+    def rows(self, number: int):
+        row = 0
+        for i, sequence in enumerate(self.sequences):
+            if self.rank not in sequence.group:
+                continue
+            for start, stop in sequence.ranges(self.rank):
+                if i == number:
+                    yield (start, stop), slice(row, row + stop - start)
+                row += stop - start
