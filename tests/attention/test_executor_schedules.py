@@ -90,8 +90,8 @@ def test_float32_and_bfloat16(name: str, heads_name: str) -> None:
     shared = attend_together(sequences, rough, mask, SCORING, torch.bfloat16, backend="cpu", seed=3)
     alone = [Sequence_(length=s.length, group=(0,), layout=layout) for s in sequences]
     single = attend_together(alone, rough, mask, SCORING, torch.bfloat16, backend="cpu", seed=3)
-    limits = single.errors(rough)
-    for what, error in shared.errors(rough).items():
+    limits = single.total_errors(rough)
+    for what, error in shared.total_errors(rough).items():
         assert error <= 1.5 * limits[what], f"{what}: {error} against {limits[what]} on one rank"
 
 

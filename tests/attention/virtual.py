@@ -103,6 +103,14 @@ class Result:
     peaks: dict[int, int] = field(default_factory=dict)
     """Bytes of each rank's arena."""
 
+    def total_errors(self, data: Sequence[Data]) -> dict[str, float]:
+        """Relative error of each result over all sequences together."""
+        found = {}
+        for name in ("out", "dq", "dk", "dv"):
+            mine, want = torch.cat(getattr(self, name)), torch.cat([getattr(d, name) for d in data])
+            found[name] = ((mine.double() - want).norm() / want.norm()).item()
+        return found
+
     def errors(self, data: Sequence[Data]) -> dict[str, float]:
         """Largest relative error of each result over all sequences: ||difference|| / ||result||."""
         found = {}
