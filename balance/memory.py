@@ -7,6 +7,7 @@ leaves. With activations proportional to tokens a micro-batch then holds C * l /
 from __future__ import annotations
 
 from fractions import Fraction
+from math import ceil
 
 import numpy as np
 
@@ -48,18 +49,39 @@ def hidden_ratio(length: int, cost: CostModel) -> float:
     return int(np.floor(ratio * RATIO_STEP)) / RATIO_STEP
 
 
+def ranks_with(length: int, capacity: int, layers: int, ratio: float) -> int:
+    """D(s) of Eq. 3 for a given ratio: ceil([2 Act(s) + (1 - r)(l - 2) Act(s)] / [l Act(C)])."""
+    return max(1, ceil(kept_fraction(layers, ratio) * length / capacity))
+
+
+def least_ratio(length: int, capacity: int, layers: int) -> Fraction:
+    """Lower bound of Eq. 3: l Act(C) / ((l - 2) Act(s)), at most 1. Less would free less than one rank's worth."""
+    return min(Fraction(1), Fraction(layers * capacity, (layers - KEPT_LAYERS) * length))
+
+
+def moved_bytes(length: int, ranks: int, cost: CostModel, ratio: float) -> float:
+    """Bytes that each of ``ranks`` ranks has outside its device when the sequence offloads ``ratio``."""
+    return ratio * max(cost.layers - KEPT_LAYERS, 0) * cost.activation_bytes * length / ranks
+
+
 def eq3(length: int, capacity: int, cost: CostModel) -> tuple[float, int]:
-    """(ratio, ranks) of Eq. 3: as much offload as hides, if that frees at least one rank's worth; else none."""
+    """(ratio, ranks) of Eq. 3: the fewest ranks, then the smallest ratio that needs no more.
+
+    Ratios are multiples of 1/64 between the lower bound and what hides behind one layer's compute, whose bytes fit the
+    host memory of ``cost`` (MEMO's bound, which Eq. 3 leaves out). Where there is none: no offload, ceil(s / C) ranks.
+    """
     plain = max(1, -(-length // capacity))
     layers = cost.layers
     if length <= capacity or layers <= KEPT_LAYERS:
         return 0.0, plain
-    ratio = hidden_ratio(length, cost)
-    if ratio * (layers - KEPT_LAYERS) * length < layers * capacity and ratio < 1.0:
-        return 0.0, plain
-    ranks = max(1, -(-length // capacity_with(capacity, layers, ratio)))
-    needed = ratio_for(-(-length // ranks), capacity, layers)
-    return (ratio if needed is None else needed), ranks
+    first = ceil(least_ratio(length, capacity, layers) * RATIO_STEP)
+    best = (plain, 0.0)
+    for step in range(first, round(hidden_ratio(length, cost) * RATIO_STEP) + 1):
+        ratio = step / RATIO_STEP
+        ranks = ranks_with(length, capacity, layers, ratio)
+        if not cost.host_memory or moved_bytes(length, ranks, cost, ratio) <= cost.host_memory:
+            best = min(best, (ranks, ratio))
+    return best[1], best[0]
 
 
 def refuse_too_long(sequence: int, length: int, world_size: int, capacity: int, layers: int, largest: int) -> PlanError:
