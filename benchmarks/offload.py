@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,6 +53,8 @@ class Step:
     tokens: int
     round: int
     seconds: float
+    busy: float
+    """CPU seconds of the computing thread and seconds that it waited for copies: what a step takes undisturbed."""
     rss: int
     """Peak resident bytes during the step less those before it."""
     saved: int
@@ -69,18 +71,30 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}: this benchmark needs Linux")
 
 
-@contextlib.contextmanager
-def alone(path: str | None) -> Iterator[None]:
-    """Holds an exclusive lock, so that benchmarks on a shared machine take turns, one step at a time."""
-    if path is None:
-        yield
-        return
-    with open(path, "a", encoding="ascii") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+class Turn:
+    """Holds an exclusive lock for at most ``seconds`` (and the step under way), so that a shared machine's users take turns."""
+
+    def __init__(self, path: str | None, seconds: float) -> None:
+        self._path, self._seconds = path, seconds
+        self._file: IO[str] | None = None
+        self._since = 0.0
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        if self._path is not None and self._file is None:
+            self._file = open(self._path, "a", encoding="ascii")  # noqa: SIM115 (held across calls)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+            self._since = time.monotonic()
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
+            if self._file is not None and time.monotonic() - self._since > self._seconds:
+                self.end()
+
+    def end(self) -> None:
+        if self._file is not None:
+            self._file.close()  # and with it the lock
+            self._file = None
 
 
 def make_model(layers: int) -> LlamaForCausalLM:
@@ -95,7 +109,7 @@ def make_model(layers: int) -> LlamaForCausalLM:
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return LlamaForCausalLM(config).bfloat16()
 
 
 def run_step(model: LlamaForCausalLM, engine: OffloadEngine, ids: torch.Tensor, setting: str, round_: int) -> Step:
@@ -105,25 +119,27 @@ def run_step(model: LlamaForCausalLM, engine: OffloadEngine, ids: torch.Tensor, 
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak resident set
     before = resident("VmRSS")
     engine.meter.reset_peaks()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.thread_time()
     with engine.micro_batch(model, tokens=ids.shape[1], **SETTINGS[setting]):
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.thread_time() - cpu
     meter = engine.meter
     step = Step(
         setting=setting,
         tokens=ids.shape[1],
         round=round_,
         seconds=seconds,
+        busy=cpu + meter.waited_out + meter.waited_back,
         rss=resident("VmHWM") - before,
         saved=meter.peak_device,
         left=meter.left,
         loss=loss.item(),
     )
+    rss, saved, left = (n / 2**20 for n in (step.rss, step.saved, step.left))
     print(
-        f"{step.tokens:5d} tokens  round {round_}  {setting:10s} {seconds:7.2f} s  rss +{step.rss / 2**20:6.0f} MiB  "
-        f"saved {step.saved / 2**20:6.0f} MiB  left {step.left / 2**20:6.0f} MiB  "
+        f"{step.tokens:5d} tokens  round {round_}  {setting:10s} {seconds:7.2f} s  busy {step.busy:7.2f} s  "
+        f"rss +{rss:6.0f} MiB  saved {saved:6.0f} MiB  left {left:6.0f} MiB  "
         f"waited {meter.waited_out:.2f} s out, {meter.waited_back:.2f} s back, {meter.late} late",
         flush=True,
     )
@@ -154,14 +170,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tolerance", type=float, default=0.02, help="noise allowed when the envelope is judged")
-    parser.add_argument("--lock", help="file to lock exclusively around each step")
+    parser.add_argument("--lock", help="file to lock exclusively while steps are timed")
+    parser.add_argument("--turn", type=float, default=60.0, help="seconds after which the lock is let go between steps")
     args = parser.parse_args()
 
+    turn = Turn(args.lock, args.turn)
     model = make_model(args.layers)
     generator = torch.Generator().manual_seed(1)
     steps: list[Step] = []
     with OffloadEngine([FileTier(args.folder)]) as engine:
-        with alone(args.lock):
+        with turn.alone():
             bandwidth = engine.measure(nbytes=512 << 20)
         print(f"disk: {bandwidth.out / 1e9:.2f} GB/s out, {bandwidth.back / 1e9:.2f} GB/s back", flush=True)
         ids = torch.randint(0, VOCABULARY, (1, min(args.tokens) // 4), generator=generator)
@@ -170,12 +188,13 @@ def main() -> None:
         for tokens in args.tokens:
             ids = torch.randint(0, VOCABULARY, (1, tokens), generator=generator)
             engine.profiles.clear()
-            with alone(args.lock), engine.micro_batch(model, tokens=tokens, policy="auto"):
+            with turn.alone(), engine.micro_batch(model, tokens=tokens, policy="auto"):
                 model(ids, labels=ids, use_cache=False).loss.backward()  # `auto` takes its profile
             for round_ in range(args.rounds):
                 for setting in SETTINGS if round_ == 0 else SHORT:
-                    with alone(args.lock):
+                    with turn.alone():
                         steps.append(run_step(model, engine, ids, setting, round_))
+    turn.end()
     report(args, steps, bandwidth)
 
 
@@ -184,11 +203,11 @@ def report(args: argparse.Namespace, steps: list[Step], bandwidth: Any) -> None:
     envelope = True
     for tokens in args.tokens:
         points = {}
-        print(f"\n{tokens} tokens, relative to r=0:  time   rss    saved activations")
+        print(f"\n{tokens} tokens, relative to r=0:  time   busy   rss    saved activations")
         for setting in SETTINGS:
-            t, rss, saved = (relative(steps, tokens, setting, f) for f in ("seconds", "rss", "saved"))
+            t, busy, rss, saved = (relative(steps, tokens, setting, f) for f in ("seconds", "busy", "rss", "saved"))
             points[setting] = (t, rss)
-            print(f"  {setting:24s} {t:6.3f} {rss:6.3f} {saved:6.3f}")
+            print(f"  {setting:24s} {t:6.3f} {busy:6.3f} {rss:6.3f} {saved:6.3f}")
         envelope &= on_envelope(points, "auto", args.tolerance)
         losses = {s.loss for s in steps if s.tokens == tokens}
         if len(losses) != 1:
@@ -198,6 +217,7 @@ def report(args: argparse.Namespace, steps: list[Step], bandwidth: Any) -> None:
     result["memory_r1"] = relative(steps, longest, "r=1", "saved")
     result["memory_r1_rss"] = relative(steps, longest, "r=1", "rss")
     result["time_r1"] = relative(steps, longest, "r=1", "seconds")
+    result["busy_r1"] = relative(steps, longest, "r=1", "busy")
     by_round = {(s.setting, s.round): s.seconds for s in steps if s.tokens == longest}
     result["time_recompute"] = statistics.median(
         by_round["r=1", n] / by_round["recompute", n] for n in range(args.rounds)
