@@ -11,12 +11,14 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hdp.balance.plan import Plan
+from hdp.parallel.activations import Activations, needs_store
 from hdp.parallel.arrangement import Arrangement, Work, arrange, works
 from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch, build_inputs
 from hdp.parallel.loader import Loader
@@ -43,6 +45,8 @@ class Engine:
         check_router(model)
         self.model, self.world = model, world
         self.head = output_head(model)
+        self.activations: Activations | None = None
+        """What becomes of saved activations; None keeps them all."""
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
 
@@ -139,10 +143,11 @@ class Engine:
             inputs = build_inputs(batch, work.micro_batch, world.runtime, world.device, cache)
             start = time.perf_counter()
             self._before(work)
-            world.guard.enter(f"step {batch.step}, slot {slot}, forward")
-            loss = self._loss(inputs)
-            world.guard.enter(f"step {batch.step}, slot {slot}, backward")
-            self._backward(loss / batch.loss_weight)
+            with self._activations_of(work, len(inputs.labels)):
+                world.guard.enter(f"step {batch.step}, slot {slot}, forward")
+                loss = self._loss(inputs)
+                world.guard.enter(f"step {batch.step}, slot {slot}, backward")
+                self._backward(loss / batch.loss_weight)
             total += float(loss.detach())
             stop = time.perf_counter()
             spans.append(self._span(slot, "compute", start - begin, stop - begin, inputs.sequences))
@@ -151,6 +156,16 @@ class Engine:
         spans += [self._span(-1, "wait", a - begin, b - begin) for a, b in self.waits]
         world.guard.enter(f"after step {batch.step}")
         return self._result(batch, total, seconds, spans)
+
+    def _activations_of(self, work: Work, tokens: int) -> AbstractContextManager[object]:
+        if self.activations is not None:
+            return self.activations.around(self.model, work.micro_batch, tokens)
+        if needs_store(work.micro_batch):
+            raise ValueError(
+                "the plan offloads or recomputes activations but the engine does not know where to: set"
+                ' engine.activations = Activations(store=...), or plan with offload="off"'
+            )
+        return contextlib.nullcontext()
 
     def _span(self, slot: int, kind: str, start: float, stop: float, sequences: tuple[int, ...] = ()) -> Span:
         return Span(rank=self.world.rank, slot=slot, kind=kind, start=start, stop=stop, sequences=sequences)

@@ -1,0 +1,85 @@
+"""Offload and recomputation under the engines: the same bits, and no message sent twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engines import full_gradients, make_engine, plan_batch
+from tiny import make_documents, make_model
+
+import hdp
+from hdp.balance import Plan
+from hdp.offload import FileTier, HostTier, OffloadEngine
+from hdp.parallel.activations import Activations
+
+LENGTHS = [10, 115, 40, 3, 73, 21]
+CAPACITY = 64
+SETTINGS = [("offload", 0.3), ("offload", 1.0), ("recompute", 1.0), ("recompute", 0.0), ("memo", 1.0)]
+
+
+def steps(world: hdp.World, name: str, settings: list[tuple[str, float]], folder: str | None) -> Any:
+    """(loss, gradients, messages) of one step without, then with each setting."""
+    engine = make_engine(world, name, make_model())
+    batch = plan_batch(world, engine, make_documents(LENGTHS), CAPACITY, planner="naive")
+    tier = HostTier() if folder is None else FileTier(folder)
+    found = []
+    with OffloadEngine([tier], min_bytes=256) as store:
+        for setting in [None, *settings]:
+            if setting is not None:
+                engine.activations = Activations(
+                    store=store, policy=setting[0], ratio=setting[1], keep_first=0, keep_last=0
+                )
+            engine.model.zero_grad()
+            before = world.channel.messages
+            loss = engine.forward_backward(batch).loss
+            found.append((loss, full_gradients(engine), world.channel.messages - before))
+    return found
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["host", "disk"])
+@pytest.mark.parametrize("name", ["fsdp-step", "fsdp-slot", "ddp"])
+def test_the_same_bits_and_messages(ranks, tmp_path, name, disk):
+    for plain, *others in ranks(2).run(steps, name, SETTINGS, str(tmp_path) if disk else None):
+        for setting, (loss, gradients, messages) in zip(SETTINGS, others, strict=True):
+            assert loss == plain[0], setting
+            assert all(torch.equal(gradients[key], value) for key, value in plain[1].items()), setting
+            assert messages == plain[2], f"{setting}: {messages} messages instead of {plain[2]}"
+
+
+def planned(world: hdp.World, offload: tuple, recompute: tuple, with_store: bool) -> Any:
+    lengths = [90, 30, 20]
+    fields = {"world_size": 2, "capacity": 32, "regime": "step", "planner": "by hand"}
+    plan = Plan.from_groups(lengths, [(0, 1), (0,), (1,)], [0, 1, 2], offload=offload, recompute=recompute, **fields)
+    engine = make_engine(world, "fsdp-step", make_model())
+    batch = plan_batch(world, engine, make_documents(lengths), 32, planner=lambda _, **__: plan)
+    if not with_store:
+        try:
+            engine.forward_backward(batch)
+        except ValueError as error:
+            return str(error)
+        return "ran"
+    with OffloadEngine([HostTier()], min_bytes=256) as store:
+        engine.activations = Activations(store=store, keep_first=0, keep_last=0)
+        result = engine.forward_backward(batch)
+        return result.loss, full_gradients(engine)
+
+
+def test_the_plan_decides_per_micro_batch(ranks):
+    plain = ranks(2).run(planned, (), (), True)
+    for offload, recompute in [(((0, 0, 0.5), (1, 0, 0.5)), ()), ((), (0, 2)), (((1, 2, 1.0),), (0,))]:
+        found = ranks(2).run(planned, offload, recompute, True)
+        for a, b in zip(plain, found, strict=True):
+            assert a[0] == b[0]
+            assert all(torch.equal(a[1][key], b[1][key]) for key in a[1])
+
+
+def test_a_plan_that_offloads_needs_a_store(ranks):
+    offload = ((0, 0, 0.5), (1, 0, 0.5))
+    assert all("engine.activations = Activations" in text for text in ranks(2).run(planned, offload, (), False))
+
+
+def test_an_unknown_policy_is_refused():
+    with OffloadEngine([HostTier()]) as store, pytest.raises(ValueError, match="unknown activation policy 'sell'"):
+        Activations(store=store, policy="sell")
