@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def rows(documents: hdp.data.Documents) -> Dataset:
     """What most scripts have at this point: a tokenised dataset."""
-    return Dataset.from_dict({"input_ids": [document.numpy() for document in documents]})
+    return Dataset.from_dict({"input_ids": [documents[i] for i in range(len(documents))]})
 
 
 def main() -> None:

@@ -24,7 +24,10 @@ STATE_FOLDER = "hdp_state"
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers, whole, on the CPU of rank 0; an empty dict on other ranks. Not for ZeRO-3."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state
 
 
 def save_pretrained(model: Any, folder: str | Path, *, rank: int) -> None:

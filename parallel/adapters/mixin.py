@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,11 @@ from hdp.parallel.batch import PlannedBatch
 from hdp.parallel.engine import Engine
 from hdp.parallel.loader import Loader
 from hdp.parallel.world import World
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
 logger = logging.getLogger("hdp")
 
@@ -54,7 +59,7 @@ _OVERRIDDEN = (
 """What the mixin replaces. A version of transformers without one of them would go on without hdp, in silence."""
 
 
-class HdpTrainerMixin:
+class HdpTrainerMixin(_Trainer):
     """Goes in front of a trainer class: ``class HdpSFTTrainer(HdpTrainerMixin, SFTTrainer)``.
 
     Args:
@@ -67,6 +72,10 @@ class HdpTrainerMixin:
         ValueError: arguments that cannot work with planned batches; those without effect are named in a warning.
         ImportError: a version of transformers whose trainer is built differently.
     """
+
+    model: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(self, *args: Any, hdp: HdpConfig, world: World | None = None, **keywords: Any) -> None:
         plain = super()
@@ -109,7 +118,7 @@ class HdpTrainerMixin:
 
     def get_train_dataloader(self) -> DataLoader:
         """Yields one number per step of an epoch; batches are drawn by :meth:`get_batch_samples`."""
-        plain = super().get_train_dataloader()  # type: ignore[misc]
+        plain = super().get_train_dataloader()
         self._documents = RowDocuments(plain.dataset, plain.collate_fn)
         self._close_batches()
         loader = self._loader(self._documents, steps=1)
@@ -122,7 +131,7 @@ class HdpTrainerMixin:
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple[Any, ...]:
         """As the trainer's; without ``max_steps`` every document is seen ``num_train_epochs`` times, to the step."""
-        epochs, per_epoch, _, _, batch, in_epoch, max_steps = super().set_initial_training_values(args, dataloader)  # type: ignore[misc]
+        epochs, per_epoch, _, _, batch, in_epoch, max_steps = super().set_initial_training_values(args, dataloader)
         if args.max_steps <= 0:
             max_steps = self._total_steps
             epochs = math.ceil(max_steps / per_epoch)
@@ -169,14 +178,16 @@ class HdpTrainerMixin:
     def train(self, *args: Any, **keywords: Any) -> Any:
         """As the trainer's."""
         try:
-            return super().train(*args, **keywords)  # type: ignore[misc]
+            return super().train(*args, **keywords)
         except BaseException as error:
             self.world.guard.report(error)
             raise
         finally:
             self._close_batches()
 
-    def training_step(self, model: nn.Module, inputs: PlannedBatch, num_items_in_batch: Tensor | None = None) -> Tensor:
+    def training_step(  # type: ignore[override]
+        self, model: nn.Module, inputs: PlannedBatch, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """Runs one global batch; returns its mean loss over label tokens, equal on all ranks."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
@@ -192,7 +203,7 @@ class HdpTrainerMixin:
             ValueError: an optimizer that was made before the model was wrapped.
         """
         known = {id(p) for p in self.engine.model.parameters()}
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)  # type: ignore[misc]
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if any(id(p) not in known for group in optimizer.param_groups for p in group["params"]):
             raise ValueError(
                 "the optimizer holds parameters that the wrapped model does not have: pass optimizer_cls_and_kwargs in"
@@ -207,15 +218,15 @@ class HdpTrainerMixin:
         if self.args.include_num_input_tokens_seen != "no":
             self.state.num_input_tokens_seen += inputs.tokens
 
-    def floating_point_ops(self, inputs: PlannedBatch) -> float:
+    def floating_point_ops(self, inputs: PlannedBatch) -> int:  # type: ignore[override]
         """This rank's share of the batch's model FLOPs; the trainer adds up all ranks'."""
-        return self.meter.flops(inputs, self.model) / self.world.world_size
+        return self.meter.flops(inputs, self.model) // self.world.world_size
 
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
         """As the trainer's; beside a training loss also the throughput since the last one."""
         if "loss" in logs:
             logs.update(self.meter.take())
-        super().log(logs, *args, **keywords)  # type: ignore[misc]
+        super().log(logs, *args, **keywords)
 
     # ------------------------------------------------------------ evaluation
 
@@ -249,7 +260,7 @@ class HdpTrainerMixin:
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         whole = full_state_dict(self.engine.model) if state_dict is None else state_dict
         if self.args.should_save:
-            super()._save(output_dir, state_dict=whole)  # type: ignore[misc]
+            super()._save(output_dir, state_dict=whole)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(output_dir, self.engine.model, self._plain_optimizer())

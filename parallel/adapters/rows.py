@@ -101,9 +101,8 @@ def _flat(value: Any) -> Tensor:
 
 def _pieces(rows: Any) -> Iterator[Sequence[int]]:
     """For each row the lengths of the documents in it: one, or those that were packed."""
-    columns = getattr(rows, "column_names", None)
-    plain_table = columns is not None and hasattr(rows, "with_format") and rows.format["type"] != "custom"
-    if not plain_table:
+    columns: list[str] = getattr(rows, "column_names", None) or []
+    if not columns or not hasattr(rows, "with_format") or rows.format["type"] == "custom":
         yield from (_row_pieces(rows[i], i) for i in range(len(rows)))
         return
     if "input_ids" not in columns:
