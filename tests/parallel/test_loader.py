@@ -1,0 +1,228 @@
+"""Planned batches: their order, resuming, sizes, bad input, and ranks that do not see the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import Ranks
+from tiny import IGNORE, make_documents, make_model
+
+import hdp
+from hdp.balance import Plan, PlanError
+
+LENGTHS = [10, 3, 40, 7, 90, 1, 22, 15, 0, 8, 31, 64, 5]
+
+
+class Alone:
+    """As much of a world as planning needs."""
+
+    rank, world_size = 0, 2
+
+
+def batches(**options: Any) -> list[tuple[int, ...]]:
+    fields: dict = {"tokens_per_step": 100, "capacity": 50, "planner": "naive", **options}
+    return [indices for indices, _ in hdp.Loader(make_documents(LENGTHS), Alone(), **fields).plan_batches()]
+
+
+def test_an_epoch_holds_every_document_once_and_keeps_to_the_token_count():
+    for seed in (None, 0, 1):
+        drawn = batches(seed=seed)
+        assert sorted(i for batch in drawn for i in batch) == list(range(len(LENGTHS)))
+        assert all(sum(LENGTHS[i] for i in batch) <= 100 for batch in drawn)
+    assert [i for batch in batches(seed=None) for i in batch] == list(range(len(LENGTHS)))
+
+
+def test_shuffles_depend_on_seed_and_epoch_alone():
+    two_epochs = batches(seed=3, steps=2 * len(batches(seed=3)))
+    assert two_epochs == batches(seed=3, steps=2 * len(batches(seed=3)))
+    assert batches(seed=4) != batches(seed=3) == two_epochs[: len(batches(seed=3))]
+    assert two_epochs[: len(two_epochs) // 2] != two_epochs[len(two_epochs) // 2 :]
+
+
+def test_steps_run_over_several_epochs_and_each_holds_all():
+    drawn = batches(seed=0, steps=11)
+    assert len(drawn) == 11
+    first = len(batches(seed=0))
+    assert sorted(i for batch in drawn[:first] for i in batch) == list(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize("start", [1, 3, 7])
+def test_resuming_goes_on_where_it_stopped(start):
+    assert batches(seed=5, steps=9, start=start) == batches(seed=5, steps=9)[start:]
+
+
+def test_a_document_longer_than_a_step_is_a_batch_of_its_own():
+    drawn = batches(seed=None, tokens_per_step=20)
+    assert (2,) in drawn and (4,) in drawn
+    assert batches(seed=None, tokens_per_step=10**6) == [tuple(range(len(LENGTHS)))]
+
+
+def test_lengths_known_up_front_are_taken_without_reading():
+    class Lazy:
+        lengths = np.array(LENGTHS)
+
+        def __len__(self) -> int:
+            return len(LENGTHS)
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            raise AssertionError("read while planning")
+
+    list(hdp.Loader(Lazy(), Alone(), tokens_per_step=100, capacity=50, planner="naive").plan_batches())
+
+
+REFUSED = [
+    (ValueError, "no documents", {"documents": []}),
+    (ValueError, "all 2 documents are empty", {"lengths": [0, 0]}),
+    (ValueError, "tokens_per_step is 0", {"tokens_per_step": 0}),
+    (PlanError, "capacity is 0", {"capacity": 0}),
+    (PlanError, "unknown planner 'magic'", {"planner": "magic"}),
+    (PlanError, "200 tokens", {"lengths": [10, 200]}),  # longer than 2 ranks x 50
+    (ValueError, "document 1: token ids must be one row of integers", {"documents": [torch.ones(3).long(), torch.ones(4)]}),
+    (ValueError, "document 0: labels has shape", {"documents": [{"input_ids": torch.ones(3).long(), "labels": [1, 2]}]}),
+    (ValueError, "document 0 has no 'input_ids'", {"documents": [{"text": "to be"}]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "change"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_bad_input_is_refused(kind, message, change):
+    change = dict(change)
+    documents = change.pop("documents", None)
+    if documents is None:
+        documents = make_documents(change.pop("lengths", LENGTHS))
+    fields = {"tokens_per_step": 100, "capacity": 50, "planner": "naive", **change}
+    with pytest.raises(kind, match=message) as caught:
+        list(hdp.Loader(documents, Alone(), **fields).plan_batches())
+    assert type(caught.value) is kind
+
+
+# ------------------------------------------------------------ on real ranks
+
+
+def caught(function) -> tuple[str, str]:
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+def plan_error_everywhere(world: hdp.World, lengths: list[int], options: dict) -> tuple[str, str]:
+    fields = {"tokens_per_step": 10**4, "capacity": 50, "planner": "naive", **options}
+    return caught(lambda: next(iter(hdp.Loader(make_documents(lengths), world, **fields))))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "message"),
+    [([10, 101], {}, "101 tokens"), ([10], {"capacity": 0}, "capacity is 0"), ([10], {"planner": "x"}, "unknown planner")],
+)  # fmt: skip
+def test_all_ranks_refuse_alike(ranks, lengths, options, message):
+    for kind, text in ranks(2).run(plan_error_everywhere, lengths, options):
+        assert kind == "PlanError" and message in text
+
+
+def different(world: hdp.World, what: str) -> tuple[str, str]:
+    documents = make_documents([150, 20, 30, 9, 11, 40])
+    options: dict[str, Any] = {"tokens_per_step": 10**4, "capacity": 64, "seed": None, "planner": "naive"}
+    odd = world.rank == 2
+    if what == "lengths" and odd:
+        documents[1] = documents[1][:-1]
+    elif what == "order" and odd:
+        documents[1], documents[2] = documents[2], documents[1]
+    elif what == "count":  # the first batches are equal; rank 2 would wait for one more
+        options["tokens_per_step"] = 150
+        documents = documents if odd else documents[:-1]
+    elif what == "planner" and odd:
+        options["planner"] = lambda lengths, **_: Plan.from_groups(
+            lengths, [(2, 1, 0)] * 6, range(6), world_size=3, capacity=64, regime="step", planner="odd"
+        )
+    elif what == "tokens" and odd:  # of the document that all share
+        documents[0] = documents[0].clone()
+        documents[0][77] ^= 1
+    elif what == "labels" and odd:
+        documents[0] = {"input_ids": documents[0], "labels": torch.full_like(documents[0], IGNORE)}
+    return caught(lambda: list(hdp.Loader(documents, world, **options)))
+
+
+@pytest.mark.parametrize("what", ["lengths", "order", "count", "planner"])
+def test_ranks_that_plan_differently_are_named(ranks, what):
+    for rank, (kind, text) in enumerate(ranks(3).run(different, what)):
+        assert kind == "PlanMismatch"
+        assert f"rank {rank}, step 0: ranks {[0, 1] if rank == 2 else [2]} planned another batch" in text
+
+
+@pytest.mark.parametrize("what", ["tokens", "labels"])
+def test_ranks_that_hold_different_documents_are_named(ranks, what):
+    for rank, (kind, text) in enumerate(ranks(3).run(different, what)):
+        assert kind == "PlanMismatch"
+        assert f"rank {rank}, step 0: document 0 on rank 2 differs from rank 0's" in text
+
+
+class Broken:
+    """One document cannot be read on rank 1."""
+
+    lengths = np.array([30, 40, 50])
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        if self.rank == 1:
+            raise OSError(f"document {index} is on a disk that is gone")
+        return make_documents([30, 40, 50])[index]
+
+
+def read(world: hdp.World) -> None:
+    list(hdp.Loader(Broken(world.rank), world, tokens_per_step=10**4, capacity=25, planner="naive"))
+
+
+def test_a_rank_that_cannot_read_a_document_is_named_by_the_others():
+    ranks = Ranks(2, timeout=10.0)
+    try:
+        first, second = ranks.outcomes(read, limit=30.0)
+    finally:
+        ranks.close()
+    assert second.error.startswith("OSError: document ")
+    assert "PeerError: rank 1 failed: OSError: document " in first.error, first
+
+
+def changed_after_planning(world: hdp.World) -> tuple[str, str]:
+    documents = make_documents([20, 30])
+    (batch,) = hdp.Loader(documents, world, tokens_per_step=100, capacity=50, planner="naive")
+    documents[0] = documents[0][:-5]
+    return caught(lambda: hdp.shard(make_model(), world).forward_backward(batch))
+
+
+def test_documents_whose_lengths_changed_after_planning(ranks):
+    ((kind, text),) = ranks(1).run(changed_after_planning)
+    assert kind == "ValueError" and "has 15 tokens but was planned with 20: the documents' lengths are out" in text
+
+
+def read_lengths(world: hdp.World) -> list[int]:
+    """Documents that this rank reads for one batch of unshared documents."""
+    seen: list[int] = []
+
+    class Counting:
+        lengths = np.array([20, 21, 22, 23])
+
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> torch.Tensor:
+            seen.append(index)
+            return make_documents([20, 21, 22, 23])[index]
+
+    list(hdp.Loader(Counting(), world, tokens_per_step=10**4, capacity=50, planner="naive"))
+    return sorted(set(seen))
+
+
+def test_a_rank_reads_only_documents_that_it_has_a_part_of(ranks):
+    first, second = ranks(2).run(read_lengths)
+    assert sorted(first + second) == [0, 1, 2, 3] and first and second
