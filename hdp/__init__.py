@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from hdp.attention.op import attend
     from hdp.attention.route import Route, RouteShard
     from hdp.balance import Plan, PlanError, make_plan
+    from hdp.parallel.activations import Activations
     from hdp.parallel.batch import PlannedBatch
+    from hdp.parallel.ddp import replicate
+    from hdp.parallel.deepspeed import DeepSpeedEngine
     from hdp.parallel.engine import Engine
     from hdp.parallel.errors import HdpError, PeerError, PlanMismatch
     from hdp.parallel.fsdp import shard
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "replicate": "hdp.parallel.ddp",
+    "DeepSpeedEngine": "hdp.parallel.deepspeed",
+    "Activations": "hdp.parallel.activations",
     "Engine": "hdp.parallel.engine",
     "HdpError": "hdp.parallel.errors",
     "Loader": "hdp.parallel.loader",
@@ -52,6 +58,8 @@ _LAZY = {
 }
 
 __all__ = [
+    "Activations",
+    "DeepSpeedEngine",
     "Engine",
     "HdpError",
     "Loader",
@@ -69,6 +77,7 @@ __all__ = [
     "init",
     "make_plan",
     "register_attention",
+    "replicate",
     "shard",
 ]
 

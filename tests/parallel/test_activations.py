@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engines import full_gradients, make_engine, plan_batch
-from tiny import make_documents, make_model
+from tiny import gradient_errors, loss_sums, make_documents, make_model
 
 import hdp
 from hdp.balance import Plan
@@ -83,3 +83,50 @@ def test_a_plan_that_offloads_needs_a_store(ranks):
 def test_an_unknown_policy_is_refused():
     with OffloadEngine([HostTier()]) as store, pytest.raises(ValueError, match="unknown activation policy 'sell'"):
         Activations(store=store, policy="sell")
+
+
+def too_long(world: hdp.World, offload: str | float) -> Any:
+    """A document of 1.8 x world x capacity tokens."""
+    from hdp.balance import CostModel, PlanError
+
+    cost = CostModel(layers=6, quadratic=1e-9, linear=1e-6, activation_bytes=1000.0, copy_bandwidth=1e12)
+    model = deeper("hdp")
+    engine = hdp.shard(model, world)
+    documents = make_documents([int(1.8 * world.world_size * CAPACITY), 20, 30])
+    try:
+        batch = plan_batch(world, engine, documents, CAPACITY, planner="auto", offload=offload, cost=cost)
+    except PlanError as error:
+        return str(error)
+    with OffloadEngine([HostTier()], min_bytes=256) as store:
+        engine.activations = Activations(store=store)
+        loss = engine.forward_backward(batch).loss
+        return loss, full_gradients(engine), [mb.offload_ratio for mb in batch.plan.micro_batches(world.rank)]
+
+
+def deeper(attention: str) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hdp.register_attention()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    model.set_attn_implementation(attention)
+    return model
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_a_document_longer_than_world_times_capacity_trains(ranks, world):
+    """Plain training in fp32 is the reference: what is exact beyond that, other tests show."""
+    assert all("an offload ratio of" in text for text in ranks(world).run(too_long, "off"))
+    model = deeper("eager")
+    total, weight = loss_sums(model, make_documents([int(1.8 * world * CAPACITY), 20, 30]))
+    (total / weight).backward()
+    exact = {name: p.grad for name, p in model.named_parameters()}
+    for loss, gradients, ratios in ranks(world).run(too_long, 1.0):
+        assert max(ratios) > 0
+        assert loss == pytest.approx(float(total.detach()) / weight, rel=1e-5)
+        errors = gradient_errors(gradients, exact)
+        assert max(errors.values()) <= 5e-5, errors
