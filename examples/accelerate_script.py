@@ -1,9 +1,10 @@
 """A training loop of Hugging Face accelerate with hdp in it: three lines differ from what it was, and are marked.
 
-    accelerate launch --num_processes 2 --cpu examples/accelerate_script.py
     torchrun --standalone --nproc-per-node 2 examples/accelerate_script.py
+    accelerate launch --multi_gpu --num_processes 8 examples/accelerate_script.py
 
-Launch without FSDP or DeepSpeed in accelerate's own configuration: ``hdp.shard`` wraps the model, so the model is not prepared.
+(accelerate starts several processes on CPUs through MPI only; torchrun needs none.) Launch without FSDP or DeepSpeed in
+accelerate's own configuration: ``hdp.shard`` wraps the model, so the model is not prepared.
 Neither is the scheduler: accelerate would step it once per process, but a batch here is already that of all processes.
 """
 
