@@ -10,7 +10,8 @@ case; the last line is a JSON object:
 
   step_worst, step_median  over batches of at least 4 documents a rank; step_worst_few over the others
   slot_worst, slot_median  over the sharper bound
-  beats_all                never behind a rival by more than 0.1 %, and ahead on every long-tailed batch
+  beats_all                never behind a rival by more than 0.1 %, and ahead on every long-tailed batch (where a rival is
+                           within 0.1 % of the bound, as a mesh inside a node is at 32K, nobody can be ahead)
   plan_ms_N, slot_plan_ms_N  slowest batch on N ranks, best of three runs, one core
 """
 
@@ -138,7 +139,7 @@ def run_case(
         line += f"  {name} {other / bound:.4f}"
         if ticks > other * BEHIND:
             figures.behind.append(where)
-        elif ticks >= other and label.split()[0] in LONG_TAILED:
+        elif ticks >= other > bound * BEHIND and label.split()[0] in LONG_TAILED:
             figures.not_ahead.append(where)
     print(line, flush=True)
 

@@ -44,7 +44,7 @@ class SlotSearch {
   i64 constant_;  // ticks of one micro-batch whatever it holds
 
   // Durations in turn, each first with the fewest shared sequences, then with many. The more were tried, the sooner one
-  // is good enough: idle time of 1/512 of the work at first (1/4096 in small batches, which cost little to search), more with every pair tried.
+  // is good enough: idle time of 1/1024 of the work at first (1/4096 in small batches, which cost little to search), more with every pair tried.
   Slot best_slot(const std::vector<int>& left, int effort) const {
     Slot best;
     int tried = 0;
@@ -53,7 +53,7 @@ class SlotSearch {
         Slot slot = fill(left, target, spread_from);
         if (slot.useful > 0 && better(slot, best)) best = std::move(slot);
         ++tried;
-        if (best.useful > 0 && idle(best) * (seq_.count < 4096 ? 4096 : 512) < static_cast<__int128>(best.useful) * (1 + tried / 4)) return best;
+        if (best.useful > 0 && idle(best) * (seq_.count < 4096 ? 4096 : 1024) < static_cast<__int128>(best.useful) * (1 + tried / 4)) return best;
       }
       if (tried >= effort && best.useful > 0) break;
     }
