@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import hdp
+from hdp.balance import make_plan
 from hdp.parallel.adapters.arguments import check_arguments, check_trainer, ignored_arguments
 from hdp.parallel.adapters.checkpoint import full_state_dict, load_state, save_state
 from hdp.parallel.adapters.config import HdpConfig, build_engine
@@ -32,7 +32,7 @@ from hdp.parallel.adapters.rows import RowDocuments
 from hdp.parallel.batch import PlannedBatch
 from hdp.parallel.engine import Engine
 from hdp.parallel.loader import Loader
-from hdp.parallel.world import World
+from hdp.parallel.world import World, init
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -123,7 +123,7 @@ class HdpTrainerMixin(_Trainer):
         self._close_batches()
         loader = self._loader(self._documents, steps=1)
         longest = [int(loader.lengths.max())]  # a capacity that cannot work is an error now, not when it is drawn
-        hdp.make_plan(longest, world_size=self.world.world_size, capacity=loader.capacity, planner=loader.planner)
+        make_plan(longest, world_size=self.world.world_size, capacity=loader.capacity, planner=loader.planner)
         epochs = self.args.num_train_epochs if self.args.max_steps <= 0 else 1
         self._total_steps = count_steps(self._loader(self._documents, steps=1 << 62), epochs)
         steps = math.ceil(self._total_steps / epochs)
@@ -299,7 +299,7 @@ def _first(items: list[int]) -> int:
 
 
 def _join(device: torch.device) -> World:
-    return hdp.init(device=device)
+    return init(device=device)
 
 
 def count_steps(loader: Loader, epochs: float) -> int:

@@ -1,0 +1,129 @@
+"""The attention function of transformers: outside a planned batch it is sdpa, inside one nothing is dropped in silence."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "parallel"))
+from tiny import make_documents, make_model
+
+from hdp.attention.channel import VirtualNetwork
+from hdp.attention.huggingface import planned_mask, register
+from hdp.attention.route import AttentionRuntime, Route, RouteShard
+
+register()
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    """The same weights with hdp's attention and with transformers' sdpa."""
+    return make_model(attention="hdp").eval(), make_model(attention="sdpa").eval()
+
+
+IDS = torch.stack(make_documents([24, 24, 24]))
+PADDING = torch.ones_like(IDS)
+PADDING[0, :9] = 0  # left, as for generation
+PADDING[2, 17:] = 0  # right
+
+
+@torch.no_grad()
+def test_a_plain_forward_is_sdpa(models):
+    ours, theirs = (model(input_ids=IDS).logits for model in models)
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_padding_mask_is_honoured(models):
+    ours, theirs = (model(input_ids=IDS, attention_mask=PADDING).logits for model in models)
+    assert torch.equal(ours[PADDING.bool()], theirs[PADDING.bool()])
+    without = models[0](input_ids=IDS).logits
+    assert not torch.equal(ours[0, 9:], without[0, 9:])  # it made a difference
+
+
+def test_gradients_of_a_plain_forward_are_those_of_sdpa():
+    found = []
+    for attention in ("hdp", "sdpa"):
+        model = make_model(attention=attention)
+        model(input_ids=IDS, attention_mask=PADDING, labels=IDS).loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+def test_generation_is_that_of_sdpa(models, padded, use_cache):
+    mask = PADDING.clone()
+    mask[2] = 1  # generation takes padding on the left
+    options = {"max_new_tokens": 8, "do_sample": False, "use_cache": use_cache}
+    ours, theirs = (
+        model.generate(IDS, attention_mask=mask if padded else torch.ones_like(IDS), **options) for model in models
+    )
+    assert torch.equal(ours, theirs) and ours.shape[1] > IDS.shape[1]
+
+
+def planned(model: Any, lengths: list[int], **keywords: Any) -> torch.Tensor:
+    """Logits of documents packed behind each other on one rank."""
+    runtime = AttentionRuntime(0, VirtualNetwork().channel(0), torch.device("cpu"))
+    shards = [RouteShard(sequence=i, length=length, group=(0,)) for i, length in enumerate(lengths)]
+    route = Route(runtime, shards)
+    documents = make_documents(lengths)
+    fields = {
+        "input_ids": torch.cat(documents)[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "attention_mask": planned_mask(torch.device("cpu")),
+        "use_cache": False,
+        "hdp_route": route,
+        **keywords,
+    }
+    return model(**fields).logits[0]
+
+
+@torch.no_grad()
+def test_a_planned_batch_keeps_documents_apart(models):
+    lengths = [11, 30, 1, 7]
+    packed = planned(models[0], lengths)
+    alone = torch.cat([models[1](input_ids=ids[None]).logits[0] for ids in make_documents(lengths)])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+REFUSED = [
+    ("takes no attention mask", {"attention_mask": torch.zeros(1, 1, 18, 18, dtype=torch.bool)}),
+    ("attention keyword 's_aux'", {"s_aux": torch.zeros(4)}),
+    ("has no logit soft-cap", {"softcap": 30.0}),
+]
+
+
+@pytest.mark.parametrize(("message", "keywords"), REFUSED, ids=[message for message, _ in REFUSED])
+def test_what_a_planned_batch_cannot_honour_is_refused(models, message, keywords):
+    with pytest.raises(ValueError, match=message):
+        planned(models[0], [11, 7], **keywords)
+
+
+def test_a_two_dimensional_padding_mask_is_refused(models):
+    """transformers turns it into a 4-D mask by itself."""
+    mask = torch.ones(1, 18, dtype=torch.long)
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="takes no attention mask"):
+        planned(models[0], [11, 7], attention_mask=mask)
+
+
+def test_a_batch_of_two_rows_is_refused(models):
+    with pytest.raises(ValueError, match="batch size 1, not 2"):
+        planned(models[0], [11, 7], input_ids=IDS[:2, :18], position_ids=torch.arange(18).expand(2, -1))
+
+
+def test_dropout_is_refused_while_training():
+    model = make_model(attention_dropout=0.1)
+    with pytest.raises(ValueError, match=r"attention dropout 0\.1"):
+        planned(model.train(), [11, 7])
+    assert planned(model.eval(), [11, 7]).shape == (18, 101)
+
+
+def test_tokens_that_do_not_fit_the_route_are_refused(models):
+    with pytest.raises(ValueError, match="q has 20 tokens but this rank's part of the micro-batch has 18"):
+        planned(models[0], [11, 7], input_ids=IDS[:1, :20], position_ids=torch.arange(20)[None])
