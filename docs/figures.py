@@ -18,7 +18,8 @@ from hdp.report.timeline import draw_steps
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURE = 1  # the step that is drawn; the first one warms up
-BATCH = ["--max-length", "8192", "--capacity", "4096", "--tokens-per-step", "24576"]
+# Of the seeds 0 to 23 the one whose second batch mixes most documents: lengths 8192, 8192, 4064, 3082 and 28.
+BATCH = ["--max-length", "8192", "--capacity", "4096", "--tokens-per-step", "24576", "--seed", "12"]
 PLANNERS = ("static", "naive")
 
 

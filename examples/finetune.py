@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--model", help="folder or .gguf file of any causal LM of transformers; default: a small Llama, untrained"
     )
     plan = parser.add_argument_group("plan")
-    plan.add_argument("--planner", default="auto", help="how documents are laid over ranks (default: %(default)s)")
+    plan.add_argument("--planner", default="naive", help="how documents are laid over ranks (default: %(default)s)")
     plan.add_argument("--capacity", type=int, default=2048, help="tokens a rank holds at once (default: %(default)s)")
     plan.add_argument("--tokens-per-step", type=int, default=12288, help="of all ranks together (default: %(default)s)")
     training = parser.add_argument_group("training")

@@ -41,17 +41,20 @@ def draw_loss(
         axes.plot(at, held_out, color="#d1663b", linewidth=0.8, linestyle=":", zorder=2)
         axes.scatter(at, held_out, color="#d1663b", s=34, zorder=3, label="held-out documents")
         for step, loss in evaluations:
-            side = 6 if step == min(at) else -6
+            first = step == min(at)
             axes.annotate(
                 f"{loss:.3f}",
                 (step, loss),
-                xytext=(side, 8),
+                xytext=(9, 0) if first else (0, -9),
                 textcoords="offset points",
-                ha="left" if side > 0 else "right",
+                ha="left" if first else "center",
+                va="center" if first else "top",
                 fontsize=9,
                 color=INK,
+                bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "linewidth": 0, "alpha": 0.85},
             )
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.margins(y=0.12)
     axes.set_xlabel("step", color=INK)
     axes.set_ylabel("loss, nats a token", color=INK)
     axes.set_title(title, loc="left", fontsize=10, color=INK)
