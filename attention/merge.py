@@ -28,6 +28,10 @@ def merge_partial(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor
             *(partial.data_ptr(), partial_lse.data_ptr(), partial.stride(0), partial.stride(1)),
             *(partial_lse.stride(0), partial_lse.stride(1), *out.shape, partial.dtype == torch.bfloat16),
         )
+    elif out.is_cuda and out.dtype == torch.float32 and out.stride(-1) == partial.stride(-1) == 1:
+        from hdp.attention.merge_triton import merge_partial_triton
+
+        merge_partial_triton(out, lse, partial, partial_lse)
     else:
         merge_partial_reference(out, lse, partial, partial_lse)
 

@@ -1,0 +1,97 @@
+"""The merge of attention partials as one Triton kernel: out, lse and the partial are read once, out and lse written once.
+
+Triton is part of torch's CUDA wheels; nothing is compiled on the user's machine but by Triton itself.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 16  # rows x heads that one program merges
+
+
+@triton.jit
+def merge_kernel(
+    out,
+    lse,
+    partial,
+    partial_lse,
+    pairs,
+    heads,
+    out_row,
+    out_head,
+    lse_row,
+    lse_head,
+    partial_row,
+    partial_head,
+    partial_lse_row,
+    partial_lse_head,
+    DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+):
+    """Pairs (row, head) of one block; WIDTH is DIM rounded up to a power of two."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
+    inside = pair < pairs
+    row = pair // heads
+    head = pair % heads
+    column = tl.arange(0, WIDTH)
+    cells = inside[:, None] & (column < DIM)[None, :]
+    lse_at = lse + row * lse_row + head * lse_head
+    old = tl.load(lse_at, mask=inside, other=0.0)
+    new = tl.load(partial_lse + row * partial_lse_row + head * partial_lse_head, mask=inside, other=0.0)
+    empty = new == float("-inf")
+    untouched = old == float("-inf")
+    # Where one side is empty the difference is infinite or undefined: 0 stands in, and `where` picks the other side.
+    difference = tl.where(empty | untouched, 0.0, new - old)
+    small = tl.exp(-tl.abs(difference))
+    weight = tl.where(difference > 0, 1.0, small) / (1.0 + small)
+    weight = tl.where(untouched, 1.0, tl.where(empty, 0.0, weight))
+    both = tl.maximum(old, new) + tl.log(1.0 + small)
+    tl.store(lse_at, tl.where(untouched, new, tl.where(empty, old, both)), mask=inside)
+    out_at = out + (row * out_row + head * out_head)[:, None] + column[None, :]
+    mine = tl.load(out_at, mask=cells, other=0.0)
+    theirs = tl.load(
+        partial + (row * partial_row + head * partial_head)[:, None] + column[None, :], mask=cells, other=0.0
+    ).to(tl.float32)
+    merged = mine - weight[:, None] * (mine - theirs)
+    # A row that had nothing takes the partial as it is, whatever its memory holds; an empty partial changes nothing.
+    merged = tl.where(untouched[:, None], theirs, tl.where(empty[:, None], mine, merged))
+    keep = empty & untouched
+    tl.store(out_at, tl.where(keep[:, None], mine, merged), mask=cells)
+
+
+def merge_partial_triton(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:
+    """Merges (partial, partial_lse) into (out, lse) in place; see ``hdp.attention.merge``. fp32; partial may be bf16, fp16.
+
+    out, partial: [rows, heads, head_dim] with head_dim dense. lse, partial_lse: [rows, heads].
+    """
+    rows, heads, dim = out.shape
+    pairs = rows * heads
+    if not pairs:
+        return
+    merge_kernel[(triton.cdiv(pairs, BLOCK),)](
+        *(out, lse, partial, partial_lse, pairs, heads),
+        *(out.stride(0), out.stride(1), lse.stride(0), lse.stride(1)),
+        *(partial.stride(0), partial.stride(1), partial_lse.stride(0), partial_lse.stride(1)),
+        DIM=dim,
+        WIDTH=triton.next_power_of_2(dim),
+        BLOCK_PAIRS=BLOCK,
+    )
+
+
+def compile_for(capability: int, dim: int = 128, partial_dtype: torch.dtype = torch.bfloat16) -> str:
+    """The kernel's PTX for a GPU that need not be here, such as 90 for sm_90."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointer = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[partial_dtype]
+    names = merge_kernel.arg_names
+    kinds = {"out": "*fp32", "lse": "*fp32", "partial": pointer, "partial_lse": "*fp32"}
+    constants = {"DIM": dim, "WIDTH": triton.next_power_of_2(dim), "BLOCK_PAIRS": BLOCK}
+    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
+    source = ASTSource(fn=merge_kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
