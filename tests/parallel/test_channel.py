@@ -1,0 +1,92 @@
+"""Transfers between real ranks: large ones in pieces, both lanes, no order in waiting, errors that say what was moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import Ranks
+
+import hdp
+from hdp.attention.lowered import Packet, Ref
+from hdp.parallel.channel import PIECE_BYTES, first_line
+
+
+def packet(peer: int, lane: int, what: str = "k") -> Packet:
+    return Packet(ref=Ref(0, 0, 1), peer=peer, lane=lane, sequence=5, what=what)
+
+
+def content(sender: int, lane: int, elements: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(10 * sender + lane)
+    return torch.randn(elements, generator=generator)
+
+
+def exchange(world: hdp.World, elements: int) -> tuple[bool, int, int]:
+    """Everyone sends to everyone over both lanes at once; receives are waited for in the reverse order of rounds."""
+    channel = world.channel
+    before = channel.sent_bytes, channel.messages
+    tickets, received = [], []
+    for round_ in range(2):
+        sends, receives = [], []
+        for lane in (0, 1):
+            for peer in range(world.world_size):
+                if peer != world.rank:
+                    sends.append((packet(peer, lane), content(world.rank, lane, elements) + round_))
+                    space = torch.empty(elements)
+                    receives.append((packet(peer, lane), space))
+                    received.append((space, content(peer, lane, elements) + round_))
+        tickets.append((channel.post(sends, receives, tag=100 + round_), sends))
+    for ticket, _ in reversed(tickets):
+        channel.wait_receives(ticket)
+    for ticket, _ in tickets:
+        channel.wait_sends(ticket)
+    same = all(torch.equal(space, expected) for space, expected in received)
+    return same, channel.sent_bytes - before[0], channel.messages - before[1]
+
+
+@pytest.mark.parametrize("elements", [1, 1000, PIECE_BYTES // 4, PIECE_BYTES // 4 + 1, 3 * PIECE_BYTES // 4 + 77])
+def test_all_to_all_over_both_lanes(ranks, elements):
+    for same, sent, messages in ranks(3).run(exchange, elements):
+        assert same
+        assert messages == 2 * 2 * 2 and sent == messages * elements * 4
+
+
+def waits(world: hdp.World) -> tuple[int, bool]:
+    world.channel.waited.clear()
+    message = torch.zeros(1)
+    peer = 1 - world.rank
+    ticket = world.channel.post([(packet(peer, 0), message)], [(packet(peer, 0), torch.zeros(1))], tag=3)
+    world.channel.wait_receives(ticket)
+    world.channel.wait_receives(ticket)  # nothing is left to wait for
+    world.channel.wait_sends(ticket)
+    return len(world.channel.waited), all(start <= stop for start, stop in world.channel.waited)
+
+
+def test_waits_are_noted_once(ranks):
+    assert ranks(2).run(waits) == [(2, True)] * 2
+
+
+def never_sent(world: hdp.World) -> None:
+    world.channel.where = "step 3, slot 1, forward"
+    if world.rank == 0:
+        ticket = world.channel.post([], [(packet(1, 1, "dk"), torch.zeros(4))], tag=9)
+        world.channel.wait_receives(ticket)
+
+
+def test_an_error_names_rank_place_tensor_sequence_and_peer():
+    ranks = Ranks(2, timeout=3.0)
+    try:
+        first, second = ranks.outcomes(never_sent, limit=30.0)
+    finally:
+        ranks.close()
+    assert second.error is None
+    text = "PeerError: rank 0, step 3, slot 1, forward: receiving 'dk' of sequence 5 from rank 1 failed: Timed out"
+    assert first.error.startswith(text), first
+
+
+def test_the_advice_of_gloo_is_left_out_of_messages():
+    text = (
+        "[/__w/gloo/transport/tcp/pair.cc:553] Connection closed by peer [::1]:5. This is typically caused by a crash."
+    )
+    assert first_line(RuntimeError(text)) == "Connection closed by peer [::1]:5"
+    assert first_line(RuntimeError("one\ntwo")) == "one"
+    assert first_line(RuntimeError("")) == "RuntimeError"
