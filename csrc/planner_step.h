@@ -145,6 +145,8 @@ inline i64 step_target(const Machine& machine, const Sequences& seq) {
   return high;
 }
 
+constexpr int kPlacements = 120'000;  // sequences and ranks of all boards together, beyond the fewest boards
+
 class StepSearch {
  public:
   StepSearch(const Machine& machine, const Sequences& seq) : machine_(machine), seq_(seq), order_(seq.count) {
@@ -154,9 +156,10 @@ class StepSearch {
   // All variants at the lower bound, then the best of them at targets between the bound and what it reached.
   Assignment run(int budget) {
     const i64 base = step_target(machine_, seq_);
-    const i64 enough = base + base / 1000;
+    const i64 enough = base + base / 800;
     int variant = 0;
-    for (int v = 0; v < kVariants && best_.makespan > enough && budget > 0; ++v, --budget) {
+    const int variants = budget < kVariants * 2 ? 2 : kVariants;
+    for (int v = 0; v < variants && best_.makespan > enough && budget > 0; ++v, --budget) {
       if (attempt(base, v)) variant = v;
     }
     for (i64 eighths : {4, 2, 6, 4, 1, 7, 3, 5, 4, 2, 6, 1, 7, 3, 5}) {
@@ -192,6 +195,7 @@ class StepSearch {
 
 inline Assignment plan_step(const Machine& machine, const Sequences& seq, int budget) {
   if (seq.count == 0) return {{}, {}, 0};
+  budget = std::clamp(kPlacements / (seq.count + machine.world), 6, budget);  // boards
   return StepSearch(machine, seq).run(budget);
 }
 
