@@ -80,7 +80,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor, Tensor]:
     path, key = ROUTES.get(route), _key(q, k, causal, window)
     program, executor, scoring = path.program(key, False), path.runtime.executor(q.dtype), Scoring(scale, softcap)
-    executor.backend.check(scoring)
+    executor.backend.check(scoring, q.shape[2])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[:2], dtype=program.sum_dtype, device=q.device)
     kept = torch.empty(program.lowered.kept_bytes, dtype=torch.uint8, device=q.device)

@@ -61,7 +61,7 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Partial (dq, dk, dv). lse and out (or delta = sum(do * out), [rows, heads]) are the final, global ones."""
 
-    def check(self, scoring: Scoring) -> None:
+    def check(self, scoring: Scoring, head_dim: int) -> None:
         """Raises ValueError for what this backend cannot compute."""
         if scoring.softcap and not self.softcaps:
             raise ValueError(

@@ -93,7 +93,9 @@ print("merged")
 def test_the_triton_kernel_in_its_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", TRITON], env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [sys.executable, "-c", TRITON], check=False, env=environment, capture_output=True, text=True, timeout=100
+    )
     assert done.stdout.strip() == "merged", done.stderr
 
 
