@@ -1,0 +1,257 @@
+"""One host of ``benchmarks/attention.py``: measures candidates in turn on this rank, all ranks together.
+
+    attention_worker.py '{"tokens": 8192, "heads": [8, 8], "candidates": ["hdp:ring/ring", "quiet:ring/ring"], ...}'
+
+Rank 0 prints one JSON object: per candidate the seconds of each round (slowest rank), CPU seconds (mean over ranks) and
+bytes sent (every rank).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import hdp
+from hdp.attention import AttentionRuntime, Route, RouteShard, attend
+from hdp.attention.lowered import Packet
+
+DIM = 64  # of a head
+
+
+class QuietChannel:
+    """Posts nothing and waits for nothing: the same tiles without communication."""
+
+    can_ask = False
+
+    def post(self, sends: Sequence[tuple[Packet, Tensor]], receives: Sequence[tuple[Packet, Tensor]], tag: int) -> int:
+        return tag
+
+    def has_received(self, ticket: int) -> bool:
+        return True
+
+    def wait_receives(self, ticket: int) -> None:
+        return None
+
+    def wait_sends(self, ticket: int) -> None:
+        return None
+
+
+@dataclass
+class Job:
+    """What to measure."""
+
+    tokens: int
+    """Of the shared sequence."""
+    heads: tuple[int, int]
+    """Query and key/value heads."""
+    candidates: list[str]
+    local: list[int] = field(default_factory=list)
+    """Tokens of each whole sequence on every rank."""
+    rounds: int = 5
+    parts: str = "both"
+    """"both", "forward" or "backward": what is timed."""
+
+
+class Bench:
+    """The tensors of this rank and the candidates that run on them."""
+
+    def __init__(self, job: Job, world: hdp.World) -> None:
+        self.job, self.world = job, world
+        self.rank, self.size = world.rank, world.world_size
+        self.rows = job.tokens // self.size + sum(job.local)
+        draw = torch.Generator().manual_seed(self.rank)
+
+        def make(heads: int) -> Tensor:
+            return torch.randn(self.rows, heads, DIM, generator=draw).requires_grad_()
+
+        query, key = job.heads
+        self.q, self.k, self.v, self.do = make(query), make(key), make(key), make(query).detach()
+        self.runs: dict[str, Callable[[], Tensor]] = {}
+        self.quiet = AttentionRuntime(self.rank, QuietChannel(), torch.device("cpu"), "cpu")
+        self.quiet.workspace = world.runtime.workspace  # holds real numbers once a real round has run
+
+    def forward(self, name: str) -> Callable[[], Tensor]:
+        kind, _, schedules = name.partition(":")
+        if kind in ("hdp", "quiet"):
+            return self._attend(self.world.runtime if kind == "hdp" else self.quiet, *schedules.split("/"))
+        return {"torch_alltoall": self._torch_ring, "torch_allgather": self._torch_ring}.get(kind, self._ulysses)(kind)
+
+    def _attend(self, runtime: AttentionRuntime, forward: str, backward: str) -> Callable[[], Tensor]:
+        group = tuple(range(self.size))
+        shards = [
+            RouteShard(
+                sequence=0,
+                length=self.job.tokens,
+                group=group,
+                schedule=forward if self.size > 1 else "local",
+                schedule_backward=backward if self.size > 1 else "local",
+            )
+        ]
+        shards += [
+            RouteShard(sequence=1 + self.rank * len(self.job.local) + i, length=n, group=(self.rank,))
+            for i, n in enumerate(self.job.local)
+        ]
+        route = Route(runtime, shards, serial=(len(forward), len(backward), sum(map(ord, forward + backward))))
+        return lambda: attend(self.q, self.k, self.v, route=route)
+
+    def _batched(self) -> list[Tensor]:
+        return [t[: self.job.tokens // self.size].transpose(0, 1).unsqueeze(0) for t in (self.q, self.k, self.v)]
+
+    def _torch_ring(self, kind: str) -> Callable[[], Tensor]:
+        method = kind.removeprefix("torch_")
+        return lambda: TorchRing.apply(*self._batched(), method).squeeze(0).transpose(0, 1)
+
+    def _ulysses(self, kind: str) -> Callable[[], Tensor]:
+        if kind != "ulysses_sdpa":
+            raise SystemExit(f"unknown candidate {kind!r}")
+
+        def run() -> Tensor:
+            rows = slice(0, self.job.tokens // self.size)
+            q, k, v = (_heads_out(t[rows], self.size) for t in (self.q, self.k, self.v))
+            out = F.scaled_dot_product_attention(
+                *(t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)),
+                is_causal=True,
+                enable_gqa=k.shape[1] != q.shape[1],
+            )
+            return _heads_back(out[0].transpose(0, 1), self.size)
+
+        return run
+
+    def measure(self, name: str) -> dict[str, float]:
+        if name not in self.runs:
+            self.runs[name] = self.forward(name)
+        run, parts = self.runs[name], self.job.parts
+        return self._timed(lambda: self._round(run, parts))
+
+    def _round(self, run: Callable[[], Tensor], parts: str) -> tuple[float, float, float]:
+        channel = self.world.channel
+        begin = _mark(channel)
+        out = run()
+        if parts == "forward":
+            return _since(channel, begin)
+        if parts == "backward":
+            dist.barrier()
+            begin = _mark(channel)
+        out.backward(self.do[: out.shape[0]])
+        self.q.grad = self.k.grad = self.v.grad = None
+        return _since(channel, begin)
+
+    def _timed(self, once: Callable[[], tuple[float, float, float]]) -> dict[str, Any]:
+        dist.barrier()
+        seconds, cpu, sent = once()
+        everyone = [None] * self.size
+        dist.all_gather_object(everyone, (seconds, cpu, sent))
+        table: list[tuple[float, float, float]] = everyone  # type: ignore[assignment]
+        return {
+            "seconds": max(t[0] for t in table),
+            "cpu": sum(t[1] for t in table) / self.size,
+            "sent": [t[2] for t in table],
+        }
+
+
+def _mark(channel: Any) -> tuple[float, float, int]:
+    return time.perf_counter(), time.process_time(), channel.sent_bytes
+
+
+def _since(channel: Any, begin: tuple[float, float, int]) -> tuple[float, float, float]:
+    return time.perf_counter() - begin[0], time.process_time() - begin[1], channel.sent_bytes - begin[2]
+
+
+class TorchRing(torch.autograd.Function):
+    """torch's templated ring with its head-tail balancer, given the flash op of the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, method: str) -> Tensor:
+        from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
+
+        torch_ring.set_rotate_method(method)
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        out, lse = torch_ring._templated_ring_attention(
+            dist.group.WORLD, 2, op, q, k, v, is_causal=True, dropout_p=0.0, scale=DIM**-0.5
+        )[:2]
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.method = method
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, do: Tensor) -> tuple[Any, ...]:
+        from torch.distributed.tensor.experimental._context_parallel import _attention as torch_ring
+
+        torch_ring.set_rotate_method(ctx.method)
+        q, k, v, out, lse = ctx.saved_tensors
+        op = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+        grads = torch_ring._templated_ring_attention_backward(
+            *(dist.group.WORLD, 2, op, do, "grad_out", q, k, v, out, lse, True), dropout_p=0.0, scale=DIM**-0.5
+        )
+        return (*grads[:3], None)
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of equal parts along dimension 0; its own inverse, so backward is the same."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _Exchange.apply(grad.contiguous())
+
+
+def _heads_out(t: Tensor, size: int) -> Tensor:
+    """[own tokens, heads, dim] to [all tokens, own heads, dim]; fewer heads than ranks are repeated."""
+    if t.shape[1] < size:
+        t = t.repeat_interleave(size // t.shape[1], 1)
+    parts = t.unflatten(1, (size, -1)).transpose(0, 1).contiguous()
+    return _Exchange.apply(parts).flatten(0, 1)
+
+
+def _heads_back(t: Tensor, size: int) -> Tensor:
+    parts = t.unflatten(0, (size, -1)).contiguous()
+    return _Exchange.apply(parts).transpose(0, 1).flatten(1, 2)
+
+
+def dense_cpu(tokens: int, heads: tuple[int, int]) -> float:
+    """CPU seconds of forward and backward of the whole sequence on one rank, plain SDPA."""
+    q, k, v, do = (torch.randn(1, n, tokens, DIM) for n in (heads[0], heads[1], heads[1], heads[0]))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    begin = time.process_time()
+    F.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=heads[0] != heads[1]).backward(do)
+    return time.process_time() - begin
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)  # buffers that nobody has filled must not cost more than real numbers
+    settings = json.loads(sys.argv[1])
+    dense = settings.pop("dense", False)
+    with hdp.init(timeout=120) as world:
+        bench = Bench(Job(**{**settings, "heads": tuple(settings["heads"])}), world)
+        found: dict[str, dict[str, list]] = {
+            name: {"seconds": [], "cpu": [], "sent": []} for name in bench.job.candidates
+        }
+        for number in range(bench.job.rounds + 1):
+            for name in bench.job.candidates:
+                measured = bench.measure(name)
+                if number:  # the first warms up
+                    for what, value in measured.items():
+                        found[name][what].append(value)
+        if dense:
+            found["dense"] = {"cpu": [dense_cpu(bench.job.tokens, bench.job.heads) for _ in range(2)]}
+        if world.rank == 0:
+            print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
