@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,12 @@ class Profile:
     """The same between nodes."""
     parameters: int
     """Of the model."""
+    overlap: float = 1.0
+    """Part of the shorter of compute and messages that hides behind the longer when both run at once, 0 to 1."""
+    gather_bandwidth: float = 0.0
+    """Bytes per second of an all-gather over all ranks, counted by its result; 0: not measured."""
+    reduce_bandwidth: float = 0.0
+    """Bytes per second of a reduce-scatter over all ranks, counted by its input; 0: not measured."""
 
     def topology(self, *, world_size: int | None = None, ranks_per_node: int | None = None) -> Topology:
         """With the measured links. Where only one kind was measured, it stands for both."""
@@ -76,6 +82,11 @@ class Profile:
             intra=self.intra or links[0],
             inter=self.inter or links[0],
         )
+
+    def with_layers(self, layers: int) -> Profile:
+        """Of the same model with more layers than were measured."""
+        windows = round(self.cost.window_layers * layers / self.cost.layers)
+        return replace(self, cost=replace(self.cost, layers=layers, window_layers=windows))
 
     def write(self, path: str | Path) -> None:
         fields = {"format": FORMAT, **asdict(self)}

@@ -89,7 +89,8 @@ simulator::Input input(const py::dict& a, const py::list& tables) {
   in.round_ticks = number(a, "round_ticks");
   in.gather = number(a, "gather");
   in.reduce = number(a, "reduce");
-  in.gathers_block = number(a, "gathers_block") != 0;
+  in.blocking = number(a, "blocking") != 0;
+  in.overlap = py::cast<double>(a["overlap"]);
   in.collectives_cross = number(a, "collectives_cross") != 0;
   for (const auto& entry : tables) in.tables.push_back(table(py::cast<py::dict>(entry)));
   return in;

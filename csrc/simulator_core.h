@@ -70,7 +70,8 @@ struct Input {
   i64 round_ticks = 0;                     // host time of one round in all layers
   i64 gather = 0, reduce = 0;              // collectives over all layers
   bool collectives_cross = false;          // they occupy the NICs
-  bool gathers_block = false;              // the first layer waits until all are there
+  bool blocking = false;                   // nothing is computed during a collective
+  double overlap = 1.0;                    // part of the shorter of compute and messages that hides behind the longer
   std::vector<Table> tables;
 };
 
@@ -104,11 +105,13 @@ struct Waiting {
 struct Actor {
   i64 op = 0, layer = 0, round = 0, rounds = 0;
   i64 filler = 0;                // local attention left in this piece
+  i64 round_begin = 0;
   i64 computed = 0;              // when this round's tiles are done
   i64 layer_begin = 0;
   Waiting parity[2];             // this round's and the last one's messages
   Port copy, send, receive;
   i64 copied = 0;                // pieces whose copies are under way
+  bool posted = false;           // it waits for the collective that it has posted
   i64 gathered = 0, reduced = 0; // collectives posted so far
   // What it does when woken; kWaiting: messages or collectives that are under way wake it.
   enum State { kOperation, kLayer, kCompute, kRoundEnd, kWaiting, kLayerEnd, kOperationEnd, kDone } state = kOperation;

@@ -135,7 +135,7 @@ inline void Simulator::begin_layer(i64 a, i64 now) {
     post(gathers_[stage], actor.gathered, a, now, gather_ticks(actor.layer + 1));  // ahead of time
   }
   if (flags & kFirst) {  // parameters gathered once, before the step, layer after layer
-    const i64 upto = in_.gathers_block ? in_.model_layers : actor.layer * in_.model_layers / in_.layers + 1;
+    const i64 upto = in_.blocking ? in_.model_layers : actor.layer * in_.model_layers / in_.layers + 1;
     const i64 there = in_.gather / in_.model_layers * upto;
     if (there > now) return wake(a, there);
   }
@@ -192,6 +192,7 @@ inline void Simulator::begin_round(i64 a, i64 now) {
   }
   tiles += steps * piece(in_.round_ticks, actor.layer, in_.layers);
   out_.busy[a] += tiles;
+  actor.round_begin = now;
   actor.computed = now + tiles;
   for (i64 s = in_.share_first[op]; s < in_.share_first[op + 1]; ++s) {
     const i64 x = in_.share_exchange[s], m = in_.share_member[s], rounds = rounds_of(x);
@@ -247,9 +248,15 @@ inline void Simulator::settle_round(i64 a) {
   const bool is_last = actor.round + 1 == actor.rounds;
   if (mine.receives > 0 || before.sends > 0 || (is_last && mine.sends > 0)) return;
   const i64 there = std::max({mine.arrived, before.sent, is_last ? mine.sent : 0});
-  actor.filler -= std::min(actor.filler, std::max(there - actor.computed, i64{0}));
+  i64 computed = actor.computed;
+  if (in_.overlap < 1.0) {  // what runs beside each other slows each other down
+    const i64 both = std::min(there, actor.computed) - actor.round_begin;
+    computed = std::max(there, computed) + std::llround((1.0 - in_.overlap) * static_cast<double>(std::max(both, i64{0})));
+  } else {
+    actor.filler -= std::min(actor.filler, std::max(there - computed, i64{0}));
+  }
   actor.state = Actor::kRoundEnd;
-  wake(a, std::max(actor.computed, there));
+  wake(a, std::max(computed, there));
 }
 
 inline void Simulator::end_layer(i64 a, i64 now) {
@@ -262,7 +269,18 @@ inline void Simulator::end_layer(i64 a, i64 now) {
     if (in_.backward[op] && actor.copy.free > now) return wake(a, actor.copy.free);
   }
   if (in_.flags[op] & kReduces) {
-    post(reduces_[in_.stage[a]], actor.reduced++, a, now, piece(in_.reduce, actor.layer, in_.layers));
+    std::vector<Meeting>& reduces = reduces_[in_.stage[a]];
+    if (!actor.posted) post(reduces, actor.reduced++, a, now, piece(in_.reduce, actor.layer, in_.layers));
+    actor.posted = in_.blocking;
+    if (in_.blocking) {
+      Meeting& meeting = meet(reduces, actor.reduced - 1);
+      if (meeting.end == kUnknown) {
+        meeting.waiting.push_back(a);
+        return;
+      }
+      if (meeting.end > now) return wake(a, meeting.end);
+      actor.posted = false;
+    }
   }
   if (++actor.layer == in_.layers) return end_operation(a, now);
   actor.state = Actor::kLayer;

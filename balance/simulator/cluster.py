@@ -9,6 +9,14 @@ from hdp.balance.models import ModelShape
 from hdp.balance.plan import PlanError
 from hdp.balance.topology import Topology
 
+NUMBERS = (
+    "parameter_bytes",
+    "gradient_bytes",
+    "gather_bandwidth",
+    "reduce_bandwidth",
+    "stage_token_bytes",
+    "round_seconds",
+)
 SHARDINGS = ("none", "replicated", "sharded")
 
 
@@ -27,12 +35,18 @@ class Cluster:
     """Of all parameters of one stage, as they are gathered."""
     gradient_bytes: float = 0.0
     """Of all gradients of one stage, as they are reduced."""
-    prefetch: bool = True
-    """Layers are gathered while earlier ones compute. False: all are gathered before the first one computes (gloo)."""
+    blocking: bool = False
+    """Nothing is computed during a collective (gloo). False: layers are gathered and reduced while others compute."""
+    overlap: float = 1.0
+    """Part of the shorter of compute and messages of a round that hides behind the longer, 0 to 1."""
     stages: int = 1
     """Pipeline stages, each on nodes of its own, scheduled one forward, one backward."""
     stage_token_bytes: float = 0.0
     """Bytes that a token's activations take from stage to stage, one way."""
+    gather_bandwidth: float = 0.0
+    """Bytes per second of an all-gather over all ranks, where it was measured; 0: from the links."""
+    reduce_bandwidth: float = 0.0
+    """The same of a reduce-scatter."""
     round_seconds: float = 0.0
     """Time of the host for one round of one layer's attention program."""
     shape: ModelShape | None = None
@@ -47,10 +61,12 @@ class Cluster:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PlanError(f"{name} is {value!r}: give a whole number of at least 1")
-        for name in ("parameter_bytes", "gradient_bytes", "stage_token_bytes", "round_seconds"):
+        for name in NUMBERS:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise PlanError(f"{name} is {value}: give zero or a positive number")
+        if not 0.0 <= self.overlap <= 1.0:
+            raise PlanError(f"overlap is {self.overlap}: give a part from 0 to 1")
         if self.sharding != "none" and not self.gradient_bytes:
             raise PlanError(
                 f"sharding {self.sharding!r} reduces gradients: give gradient_bytes, or take Cluster.of_model"
@@ -102,10 +118,18 @@ class Cluster:
 
     def gather_seconds(self, layers: int) -> float:
         """All parameters of a stage, once."""
-        return self.collective_seconds(self.parameter_bytes, layers) if self.sharding == "sharded" else 0.0
+        if self.sharding != "sharded":
+            return 0.0
+        if self.gather_bandwidth:
+            return self.parameter_bytes / self.gather_bandwidth
+        return self.collective_seconds(self.parameter_bytes, layers)
 
     def reduce_seconds(self, layers: int) -> float:
         """All gradients of a stage, once."""
         if self.sharding == "none":
             return 0.0
-        return self.collective_seconds(self.gradient_bytes, layers) * (2 if self.sharding == "replicated" else 1)
+        if self.reduce_bandwidth:
+            once = self.gradient_bytes / self.reduce_bandwidth
+        else:
+            once = self.collective_seconds(self.gradient_bytes, layers)
+        return once * (2 if self.sharding == "replicated" else 1)

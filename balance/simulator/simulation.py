@@ -68,6 +68,11 @@ class Simulation:
         return 1.0 - float(self.busy.sum()) / total if total else 0.0
 
     @property
+    def busiest_seconds(self) -> float:
+        """Computing time of the busiest rank."""
+        return int(self.busy.max(initial=0)) * TICK
+
+    @property
     def balance(self) -> float:
         """Busiest rank over the average rank; 1 is perfect."""
         total = int(self.busy.sum())
@@ -178,7 +183,8 @@ def _machine(costs: Costs, cluster: Cluster, layers: int) -> dict[str, Any]:
         "round_ticks": round(cluster.round_seconds * layers / TICK),
         "gather": round(cluster.gather_seconds(layers) / TICK),
         "reduce": round(cluster.reduce_seconds(layers) / TICK),
-        "gathers_block": int(not cluster.prefetch),
+        "blocking": int(cluster.blocking),
+        "overlap": float(cluster.overlap),
         "collectives_cross": int(topology.nodes > 1),
     }
 

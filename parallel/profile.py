@@ -1,0 +1,323 @@
+"""Measures a model on this machine: what a planner's cost model is fitted to.
+
+Every rank runs micro-batches of one length on its own, all ranks at once, so that what they share (memory bandwidth, power,
+cores) is shared as in training; then messages go round rings inside nodes and across them.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hdp.balance.cost import CostModel
+from hdp.balance.measured import Profile, Sample, fit, predicted
+from hdp.balance.models import ModelShape, model_shape
+from hdp.balance.plan import Plan
+from hdp.balance.topology import Link
+from hdp.parallel.batch import MicroBatchInputs, PlannedBatch, build_inputs
+from hdp.parallel.engine import Engine
+from hdp.parallel.loss import loss_sum
+from hdp.parallel.world import World
+
+REPEATS = 3
+MESSAGES = (1 << 16, 1 << 20, 1 << 22)
+"""Bytes of the messages that links are measured with."""
+PIECE = 1 << 20  # larger messages travel in pieces, as in training
+BUDGET = 90.0
+
+
+def profile(
+    model: nn.Module, world: World, *, lengths: Sequence[int] = (), budget: float = BUDGET, name: str = ""
+) -> Profile:
+    """Measures ``model`` (as for ``hdp.shard``, not wrapped) and the links between the ranks of ``world``.
+
+    Args:
+        lengths: tokens of the documents to run; empty: 256, 512, ... until a quarter of the budget is used by one run.
+        budget: seconds that the runs of the model may take, about.
+    """
+    model.to(world.device)
+    engine = Engine(model, world)
+    shape = model_shape(model.config)
+    head = _head_seconds(engine, shape, world)
+    samples = _measure(engine, shape, world, tuple(lengths), budget)
+    kept = _kept_bytes(engine, shape, world, min(s.length for s in samples))
+    cost = cost_model(shape, samples, head, kept, _element(model))
+    fitted = tuple(replace(s, fitted=predicted(cost, s.length, s.documents)) for s in samples)
+    local = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world.world_size)
+    intra, inter = _links(world, local)
+    gather, reduce = _collectives(world)
+    return Profile(
+        model=name or shape.name,
+        device=_device_name(world.device),
+        world_size=world.world_size,
+        ranks_per_node=local,
+        cost=cost,
+        samples=fitted,
+        intra=intra,
+        inter=inter,
+        parameters=sum(p.numel() for p in model.parameters()),
+        overlap=_overlap(world),
+        gather_bandwidth=gather,
+        reduce_bandwidth=reduce,
+    )
+
+
+def cost_model(shape: ModelShape, samples: Sequence[Sample], head: float, kept: float, element: int) -> CostModel:
+    """The fitted cost model; bytes on links follow from the shape. ``head``: seconds per token, both passes."""
+    (a, b, c), (a_back, b_back, c_back) = fit(samples, shape.layers, head)
+    kv = 2 * shape.kv_heads * shape.head_dim
+    # One ratio serves layers and head: what makes their sum over both passes right.
+    ratio = b_back / b if b > 0 else 2.0
+    return CostModel(
+        layers=shape.layers,
+        quadratic=a,
+        linear=b if b > 0 else b_back / 2.0,
+        constant=c + c_back,
+        head=head / (1.0 + ratio),
+        backward_quadratic=a_back / a if a > 0 else 2.5,
+        backward_linear=ratio,
+        ring_bytes=float(kv * element),
+        ring_bytes_backward=float(kv * (element + max(element, 4))),
+        window=shape.window,
+        window_layers=shape.window_layers,
+        activation_bytes=kept,
+    )
+
+
+def _element(model: nn.Module) -> int:
+    return next(model.parameters()).element_size()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads a rank"
+
+
+# ---------------------------------------------------------------- the model
+
+
+def _inputs(world: World, vocabulary: int, length: int, documents: int) -> MicroBatchInputs:
+    lengths = np.full(documents, length, dtype=np.int64)
+    generator = torch.Generator().manual_seed(length)
+    texts = [torch.randint(0, vocabulary, (length,), generator=generator) for _ in range(documents)]
+    groups = [(world.rank,)] * documents
+    plan = Plan.from_groups(
+        lengths,
+        groups,
+        [0] * documents,
+        world_size=world.world_size,
+        capacity=length * documents,
+        regime="step",
+        planner="profile",
+    )
+    batch = PlannedBatch(
+        step=0,
+        plan=plan,
+        documents=texts,
+        indices=tuple(range(documents)),
+        label_tokens=1,
+        loss_weight=1.0,
+    )
+    return build_inputs(batch, plan.micro_batches(world.rank)[0], world.runtime, world.device, {})
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _run(engine: Engine, inputs: MicroBatchInputs, device: torch.device) -> tuple[float, float]:
+    _synchronize(device)
+    start = time.perf_counter()
+    loss = engine._loss(inputs)
+    _synchronize(device)
+    middle = time.perf_counter()
+    loss.backward()
+    _synchronize(device)
+    return middle - start, time.perf_counter() - middle
+
+
+def _together(world: World, values: Iterable[float]) -> list[float]:
+    """Mean over ranks, equal on all of them."""
+    mine = torch.tensor(list(values), dtype=torch.float64)
+    dist.all_reduce(mine, group=world.control)
+    return (mine / world.world_size).tolist()
+
+
+def _measure(
+    engine: Engine, shape: ModelShape, world: World, lengths: tuple[int, ...], budget: float
+) -> tuple[Sample, ...]:
+    """Single documents of growing length, and packs of short ones, which tell linear from quadratic time."""
+    growing = lengths or tuple(256 << k for k in range(11))
+    samples, spent, last = [], 0.0, 0.0
+    for length in growing:
+        if not lengths and (spent + 4 * last * (REPEATS + 1) > budget * 2 / 3):
+            break  # the next takes up to four times as long
+        samples.append(_sample(engine, shape, world, length, 1))
+        last = samples[-1].seconds
+        spent += last * (REPEATS + 1)
+    longest = max(s.length for s in samples)
+    for count in (4, 16):
+        if longest // count >= min(growing):
+            samples.append(_sample(engine, shape, world, longest // count, count))
+    return tuple(samples)
+
+
+def _sample(engine: Engine, shape: ModelShape, world: World, length: int, documents: int) -> Sample:
+    inputs = _inputs(world, shape.vocabulary, length, documents)
+    _run(engine, inputs, world.device)  # compiles, allocates, lowers
+    dist.barrier(group=world.control)
+    times = [_run(engine, inputs, world.device) for _ in range(REPEATS)]
+    engine.model.zero_grad(set_to_none=True)
+    medians = [statistics.median(t[phase] for t in times) for phase in (0, 1)]
+    forward, backward = _together(world, medians)
+    return Sample(length=length, documents=documents, forward=forward, backward=backward)
+
+
+def _head_seconds(engine: Engine, shape: ModelShape, world: World, tokens: int = 512) -> float:
+    """Seconds per token of output head and loss, forward and backward."""
+    head = engine.head
+    weight = head.weight.detach().requires_grad_()
+    hidden = torch.randn(tokens, shape.hidden, device=world.device, dtype=weight.dtype, requires_grad=True)
+    labels = torch.zeros(tokens, dtype=torch.int64, device=world.device)
+    times = []
+    for _ in range(REPEATS + 1):
+        _synchronize(world.device)
+        start = time.perf_counter()
+        loss_sum(hidden, weight, None, labels).backward()
+        _synchronize(world.device)
+        times.append(time.perf_counter() - start)
+    return _together(world, [statistics.median(times[1:])])[0] / tokens
+
+
+def _kept_bytes(engine: Engine, shape: ModelShape, world: World, length: int) -> float:
+    """Bytes per layer and token that a pass keeps for backward, counted where autograd saves them."""
+    parameters = {p.untyped_storage().data_ptr() for p in engine.model.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no storage is freed and its address used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters and storage.data_ptr() not in kept:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    inputs = _inputs(world, shape.vocabulary, length, 1)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = engine._loss(inputs)
+    loss.backward()
+    engine.model.zero_grad(set_to_none=True)
+    return sum(kept.values()) / shape.layers / length
+
+
+# ---------------------------------------------------------------- links
+
+
+def _links(world: World, local: int) -> tuple[Link | None, Link | None]:
+    """Within a node and across nodes: all ranks send to the next one of the ring at once."""
+    if world.world_size == 1:
+        return None, None
+    rank, size = world.rank, world.world_size
+    intra = inter = None
+    if local > 1:
+        first = rank // local * local
+        count = min(local, size - first)
+        peers = (first + (rank - first + 1) % count, first + (rank - first - 1) % count)
+        intra = _link(world, peers if count > 1 else None)
+    if local < size:
+        inter = _link(world, ((rank + local) % size, (rank - local) % size))
+    return intra, inter
+
+
+def _link(world: World, peers: tuple[int, int] | None) -> Link:
+    """Fits seconds = latency + bytes / bandwidth to the mean over ranks."""
+    seconds = []
+    for size in MESSAGES:
+        times = [_exchange(world, peers, size) for _ in range(REPEATS + 1)]
+        seconds += _together(world, [statistics.median(times[1:])])
+    bandwidth = (MESSAGES[-1] - MESSAGES[0]) / max(seconds[-1] - seconds[0], 1e-9)
+    return Link(bandwidth=bandwidth, latency=max(seconds[0] - MESSAGES[0] / bandwidth, 0.0))
+
+
+def _exchange(
+    world: World, peers: tuple[int, int] | None, size: int, meanwhile: Callable[[], object] | None = None
+) -> float:
+    outgoing = torch.zeros(size, dtype=torch.uint8, device=world.device)
+    incoming = torch.empty_like(outgoing)
+    dist.barrier(group=world.control)
+    start = time.perf_counter()
+    if peers is not None:
+        lane: Any = world.channel.lanes[0]
+        operations = [dist.P2POp(dist.irecv, part, peers[1], group=lane) for part in incoming.split(PIECE)]
+        operations += [dist.P2POp(dist.isend, part, peers[0], group=lane) for part in outgoing.split(PIECE)]
+        works = dist.batch_isend_irecv(operations)
+        if meanwhile is not None:
+            meanwhile()
+        for work in works:
+            work.wait()
+        _synchronize(world.device)
+    return time.perf_counter() - start
+
+
+def _overlap(world: World, size: int = 1 << 20) -> float:
+    """How much of the shorter hides when a message and matrix products of about equal time run at once."""
+    if world.world_size == 1:
+        return 1.0
+    peers = ((world.rank + 1) % world.world_size, (world.rank - 1) % world.world_size)
+    alone = statistics.median(_exchange(world, peers, size) for _ in range(REPEATS + 1))
+    matrix = torch.randn(256, 256, device=world.device)
+
+    def compute(times: int) -> float:
+        _synchronize(world.device)
+        start = time.perf_counter()
+        for _ in range(times):
+            torch.mm(matrix, matrix)
+        _synchronize(world.device)
+        return time.perf_counter() - start
+
+    compute(8)
+    times = max(int(64 * alone / compute(64)), 1)
+    computing = statistics.median(compute(times) for _ in range(REPEATS))
+    both = statistics.median(_exchange(world, peers, size, lambda: compute(times)) for _ in range(2 * REPEATS))
+    alone, computing, both = _together(world, [alone, computing, both])
+    return min(max((alone + computing - both) / min(alone, computing), 0.0), 1.0)
+
+
+def _collectives(world: World) -> tuple[float, float]:
+    """Bytes per second of an all-gather and of a reduce-scatter, the ways of sharded training."""
+    if world.world_size == 1:
+        return 0.0, 0.0
+    count = (1 << 18) // world.world_size * world.world_size
+    whole = torch.zeros(count, device=world.device)
+    part = torch.zeros(count // world.world_size, device=world.device)
+    rates = []
+    for call, arguments in (
+        (_call("all_gather_single", "all_gather_into_tensor"), (whole, part)),
+        (_call("reduce_scatter_single", "reduce_scatter_tensor"), (part, whole)),
+    ):
+        times = []
+        for _ in range(REPEATS + 1):
+            dist.barrier(group=world.control)
+            start = time.perf_counter()
+            call(*arguments, group=world.channel.lanes[0])
+            _synchronize(world.device)
+            times.append(time.perf_counter() - start)
+        rates.append(4.0 * count / _together(world, [statistics.median(times[1:])])[0])
+    return rates[0], rates[1]
+
+
+def _call(new: str, old: str) -> Callable[..., Any]:
+    """A collective of torch.distributed by its newer name where it has one."""
+    return getattr(dist, new, None) or getattr(dist, old)
