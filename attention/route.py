@@ -10,7 +10,6 @@ import itertools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -126,13 +125,10 @@ class Route:
         self.runtime, self.shards, self.serial = runtime, tuple(shards), serial
         self._calls = {False: itertools.count(), True: itertools.count()}
         self._programs: dict[tuple[LayerKey, bool], Bound] = {}
+        self.tokens = sum(self._layout(s).shard_tokens(s.group.index(runtime.rank)) for s in self.shards)
+        """Rows of this rank's packed tensors. A plain attribute: torch.compile cannot read a cached property."""
         self.handle = ROUTES.add(self)
         """int64 tensor of one element: how the route travels through the custom op."""
-
-    @cached_property
-    def tokens(self) -> int:
-        """Rows of this rank's packed tensors."""
-        return sum(self._layout(s).shard_tokens(s.group.index(self.runtime.rank)) for s in self.shards)
 
     def next_serial(self, backward: bool) -> tuple[int, ...]:
         return (*self.serial, next(self._calls[backward]))

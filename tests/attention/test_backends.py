@@ -9,14 +9,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+import virtual
 from torch import Tensor
+from virtual import Sequence_, attend_together, make_data
 
 from hdp.attention.backends import Scoring, backend_names, flash, resolve_backend
 from hdp.attention.backends.protocol import Backend, aligned_out
 from hdp.attention.backends.reference import ReferenceBackend
 from hdp.attention.mask import Mask, Shape
-from tests.attention import virtual
-from tests.attention.virtual import Sequence_, attend_together, make_data
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 EXACT = ReferenceBackend()

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from virtual import Sequence_, attend_together, make_data
 
 from hdp.attention.backends import Scoring
 from hdp.attention.counts import Sizes, count
@@ -13,7 +14,6 @@ from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
 from hdp.attention.schedules import get_schedule
-from tests.attention.virtual import Sequence_, attend_together, make_data
 
 HEAD_DIM = 8
 SCORING = Scoring(HEAD_DIM**-0.5)

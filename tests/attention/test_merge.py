@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_merging_in_any_order_and_number() -> None:
 TRITON = """
 import torch
 from hdp.attention.merge_triton import merge_partial_triton
-from tests.attention.test_merge import exact, partials
+from test_merge import exact, partials
 for rows, heads, dim in ((9, 3, 20), (33, 2, 64), (4, 1, 128)):
     for dtype in (torch.float32, torch.bfloat16):
         out, lse, partial, partial_lse = partials(rows, heads, dim)
@@ -92,7 +93,7 @@ print("merged")
 
 def test_the_triton_kernel_in_its_interpreter() -> None:
     pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
     done = subprocess.run(
         [sys.executable, "-c", TRITON], check=False, env=environment, capture_output=True, text=True, timeout=100
     )
