@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from virtual import Sequence_, attend_together, make_data
 
+from hdp.attention import AttentionRuntime, Route, attend
 from hdp.attention.backends import Scoring
 from hdp.attention.counts import Sizes, count
 from hdp.attention.layout import make_layout
@@ -189,3 +193,77 @@ def test_lowering_is_linear_and_buffers_are_reused() -> None:
         assert large.arena_bytes <= 1.01 * small.arena_bytes
         operations = [sum(len(r.calls) + len(r.sends) + len(r.merges) for r in p.rounds) for p in (small, large)]
         assert operations[1] <= 4.5 * operations[0]
+
+
+# ---------------------------------------------------------------- real ranks
+
+
+class Slow:
+    """A channel whose posts are late, each by a time of its own."""
+
+    def __init__(self, channel: Any, seed: int) -> None:
+        self._channel, self._draw = channel, random.Random(seed)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    def post(self, *arguments: Any) -> Any:
+        time.sleep(self._draw.random() * 0.01)
+        return self._channel.post(*arguments)
+
+
+def on_real_ranks(world: Any, name: str, heads_name: str, mask_name: str, delayed: bool) -> tuple[dict, list, bool]:
+    """Errors of this rank's rows, their bits, and whether it sent the bytes that the programs count."""
+    (mask, layout), heads = MASKS[mask_name], HEADS[heads_name]
+    sequences = mixed(name, random.Random(f"{name} {heads_name}"), world.world_size, layout)
+    data = make_data([s.length for s in sequences], heads, HEAD_DIM, mask, SCORING, torch.float32, seed=4)
+    channel = Slow(world.channel, world.rank) if delayed else world.channel
+    runtime = AttentionRuntime(world.rank, channel, world.device, "cpu")
+    mine = [(i, s) for i, s in enumerate(sequences) if world.rank in s.group]
+    route = Route(runtime, [s.shard(i) for i, s in mine], serial=(1, 2))
+
+    def rows(tensors: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat([tensors[i][a:b] for i, s in mine for a, b in s.ranges(world.rank)] or [tensors[0][:0]])
+
+    q, k, v, do = (rows([getattr(d, n) for d in data]).float() for n in ("q", "k", "v", "do"))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    before = world.channel.sent_bytes
+    out = attend(*leaves, route=route, causal=mask.causal, window=mask.window)
+    out.backward(do)
+    sent = world.channel.sent_bytes - before
+    sizes, expected = Sizes(head_dim=HEAD_DIM, model_bytes=4), 0
+    for _, s in mine:
+        laid, schedule = make_layout(layout, s.length, len(s.group)), get_schedule(s.schedule)
+        member = s.group.index(world.rank)
+        for make, backward in ((schedule.forward, False), (schedule.backward, True)):
+            program = make(laid, mask, heads, member)
+            expected += count(program, laid, mask, heads, member, sizes, backward).sent_bytes
+    results = {"out": out.detach(), **{f"d{n}": t.grad for n, t in zip("qkv", leaves, strict=True)}}
+    errors = {}
+    for what, result in results.items():
+        want = rows([getattr(d, what) for d in data])
+        errors[what] = ((result.double() - want).norm() / want.norm()).item()
+    return errors, [r.tolist() for r in results.values()], sent == expected
+
+
+REAL = (
+    *(
+        ("ring", "gqa3", "causal"),
+        ("ring_q", "mha", "causal"),
+        ("token_ring", "mha", "window"),
+        ("direct", "gqa8", "window"),
+    ),
+    *(("all_gather:2", "gqa3", "bidirectional"), ("ulysses:2", "mqa", "causal"), ("hybrid:2", "gqa3", "striped")),
+    ("double_ring:2", "mha", "window_both_ways"),
+)
+
+
+@pytest.mark.parametrize(("name", "heads_name", "mask_name"), REAL)
+def test_on_real_ranks(ranks: Callable[[int], Any], name: str, heads_name: str, mask_name: str) -> None:
+    """Exact, the bytes of the closed forms, and delays change nothing but the time."""
+    prompt = ranks(4).run(on_real_ranks, name, heads_name, mask_name, False)
+    delayed = ranks(4).run(on_real_ranks, name, heads_name, mask_name, True)
+    for (errors, bits, sent), (_, later, _) in zip(prompt, delayed, strict=True):
+        assert max(errors.values()) <= 1e-5
+        assert sent, "bytes on the wire are not those of the programs"
+        assert bits == later
