@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hdp.attention.auto import AUTO, Chooser
 from hdp.attention.backends import Backend, backend_names, resolve_backend
 from hdp.attention.bound import Bound, Workspace
 from hdp.attention.channel import Channel
@@ -51,6 +52,7 @@ class AttentionRuntime:
         rank: of the world. channel: to the other ranks.
         device: where attention runs.
         backend: name of the attention backend (see ``hdp.attention.backends``).
+        chooser: resolves the schedule ``"auto"``.
         wire_dtype: bf16 or fp16: q, k, v of an fp32 model travel so, at half the bytes; None: as the model computes.
 
     Raises:
@@ -64,13 +66,16 @@ class AttentionRuntime:
         device: torch.device,
         backend: str = "auto",
         wire_dtype: torch.dtype | None = None,
+        chooser: Chooser | None = None,
     ) -> None:
         if backend not in backend_names():
             raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(backend_names())}")
         if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
             raise ValueError(f"wire_dtype is {wire_dtype}: choose torch.bfloat16, torch.float16 or None")
         self.rank, self.channel, self.device, self.backend_name = rank, channel, device, backend
-        self.wire_dtype = wire_dtype
+        self.wire_dtype, self.chooser = wire_dtype, chooser
+        self.schedule: str | None = None
+        """Schedule of all shared sequences, whatever the plan says: a name, two joined by "/" (forward/backward), "auto"."""
         self.workspace = Workspace(device)
         self._executors: dict[torch.dtype, Executor] = {}
 
@@ -149,7 +154,7 @@ class Route:
         tasks, row = [], 0
         for shard in self.shards:
             layout, member = self._layout(shard), shard.group.index(self.runtime.rank)
-            pair = get_pair(shard.schedule, shard.schedule_backward)
+            pair = get_pair(*self.schedules(shard, key))
             make = pair.backward if backward else pair.forward
             tasks.append(
                 Task(
@@ -164,6 +169,28 @@ class Route:
             )
             row += layout.shard_tokens(member)
         return lower(tasks, key.geometry(self.runtime.wire_dtype_for(key.dtype)), backward)
+
+    def schedules(self, shard: RouteShard, key: LayerKey) -> tuple[str, str]:
+        """Forward and backward schedule of one sequence, ``"auto"`` resolved. Raises ValueError if it cannot be."""
+        runtime = self.runtime
+        if len(shard.group) == 1:
+            return "local", "local"
+        names = shard.schedule, shard.schedule_backward
+        if runtime.schedule is not None:
+            forward, _, backward = runtime.schedule.partition("/")
+            names = forward, backward or forward
+        if AUTO not in names:
+            return names
+        if runtime.chooser is None:
+            raise ValueError(
+                f"sequence {shard.sequence}: schedule 'auto' needs to know links and rates, and this runtime has no chooser;"
+                " give AttentionRuntime a hdp.attention.auto.Chooser, or name a schedule"
+            )
+        geometry = key.geometry(runtime.wire_dtype_for(key.dtype))
+        chosen = runtime.chooser.names(shard.length, shard.group, shard.layout, geometry, key.mask)
+        if names == (AUTO, AUTO):
+            return chosen
+        return (chosen[0], names[1]) if names[0] == AUTO else (names[0], chosen[1])
 
     @staticmethod
     def _layout(shard: RouteShard) -> Layout:

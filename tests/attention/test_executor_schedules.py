@@ -9,14 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from virtual import Sequence_, attend_together, make_data
+from virtual import CPU, Sequence_, attend_together, make_data
 
-from hdp.attention import AttentionRuntime, Route, attend
+from hdp.attention import AttentionRuntime, Route, RouteShard, attend
+from hdp.attention.auto import Chooser
 from hdp.attention.backends import Scoring
+from hdp.attention.channel import VirtualNetwork
+from hdp.attention.choose import Links
 from hdp.attention.counts import Sizes, count
 from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
+from hdp.attention.route import LayerKey
 from hdp.attention.schedules import get_schedule
 
 HEAD_DIM = 8
@@ -267,3 +271,44 @@ def test_on_real_ranks(ranks: Callable[[int], Any], name: str, heads_name: str, 
         assert max(errors.values()) <= 1e-5
         assert sent, "bytes on the wire are not those of the programs"
         assert bits == later
+
+
+# ---------------------------------------------------------------- auto
+
+
+def key_of(heads: HeadCount) -> LayerKey:
+    return LayerKey(heads=heads, head_dim=64, dtype=torch.bfloat16, mask=Mask())
+
+
+def test_auto_takes_what_the_choice_says_and_a_fixed_name_wins() -> None:
+    chooser = Chooser(links=Links(kind="peer", inner_rate=1e9, outer_rate=1e9), flops=1e14)
+    runtime = AttentionRuntime(0, VirtualNetwork().channel(0), CPU, chooser=chooser)
+    auto = RouteShard(sequence=0, length=4096, group=(0, 1, 2, 3), schedule="auto", schedule_backward="auto")
+    route = Route(runtime, [auto])
+    mha, gqa = (route.schedules(auto, key_of(h)) for h in (HeadCount(query=32, key=32), HeadCount(query=32, key=2)))
+    geometry = key_of(HeadCount(query=32, key=32)).geometry()
+    assert mha == chooser.names(4096, auto.group, "zigzag", geometry, Mask())
+    assert mha != gqa and "auto" not in (*mha, *gqa)
+    runtime.schedule = "ring/ring_q"
+    assert route.schedules(auto, key_of(HEADS["mha"])) == ("ring", "ring_q")
+    whole = RouteShard(sequence=0, length=4096, group=(0,), schedule="auto", schedule_backward="auto")
+    assert route.schedules(whole, key_of(HEADS["mha"])) == ("local", "local")
+
+
+def test_auto_without_a_chooser_is_refused() -> None:
+    auto = RouteShard(sequence=7, length=64, group=(0, 1), schedule="auto", schedule_backward="auto")
+    route = Route(AttentionRuntime(0, VirtualNetwork().channel(0), CPU), [auto])
+    with pytest.raises(ValueError, match="sequence 7: schedule 'auto' needs to know links and rates"):
+        route.program(key_of(HEADS["mha"]), False)
+
+
+def test_every_rank_resolves_auto_alike() -> None:
+    """What is chosen runs: the ranks' programs meet, and the result is exact."""
+    mask, heads = Mask(), HEADS["gqa3"]
+    group = (2, 0, 3, 1)
+    sequences = [Sequence_(length=61, group=group, schedule="auto"), Sequence_(length=9, group=(1, 2), schedule="auto")]
+    data = make_data([61, 9], heads, HEAD_DIM, mask, SCORING, torch.float64, seed=1)
+    for kind, per_node in (("peer", None), ("nic", 2)):
+        chooser = Chooser(links=Links(kind=kind, inner_rate=1e9, outer_rate=1e8), flops=1e12, ranks_per_node=per_node)
+        result = attend_together(sequences, data, mask, SCORING, torch.float64, backend="reference", chooser=chooser)
+        assert max(result.errors(data).values()) <= 1e-12

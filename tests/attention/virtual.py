@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hdp.attention.auto import Chooser
 from hdp.attention.backends import Scoring
 from hdp.attention.channel import VirtualNetwork
 from hdp.attention.executor import drive_together
@@ -136,13 +137,14 @@ def attend_together(
     seed: int = 0,
     can_ask: bool = True,
     wire_dtype: torch.dtype | None = None,
+    chooser: Chooser | None = None,
 ) -> Result:
     """Runs all ranks that the sequences name, forward and backward."""
     ranks = sorted({r for s in sequences for r in s.group})
     networks = VirtualNetwork(seed), VirtualNetwork(seed + 1)
     heads = HeadCount(query=data[0].q.shape[1], key=data[0].k.shape[1])
     key = LayerKey(heads=heads, head_dim=data[0].q.shape[2], dtype=dtype, mask=mask)
-    places = {r: _Rank(r, sequences, data, key, backend, wire_dtype) for r in ranks}
+    places = {r: _Rank(r, sequences, data, key, backend, wire_dtype, chooser) for r in ranks}
     for is_backward, network in enumerate(networks):
         runs = {r: p.start(bool(is_backward), network.channel(r, can_ask), scoring, seed) for r, p in places.items()}
         drive_together(runs, network, seed)
@@ -168,9 +170,10 @@ class _Rank:
         key: LayerKey,
         backend: str,
         wire_dtype: torch.dtype | None,
+        chooser: Chooser | None,
     ) -> None:
         self.rank, self.sequences, self.key = rank, sequences, key
-        self.runtime = AttentionRuntime(rank, VirtualNetwork().channel(rank), CPU, backend, wire_dtype)
+        self.runtime = AttentionRuntime(rank, VirtualNetwork().channel(rank), CPU, backend, wire_dtype, chooser)
         mine = [(i, s) for i, s in enumerate(sequences) if rank in s.group]
         self.route = Route(self.runtime, [s.shard(i) for i, s in mine])
         sums = torch.float64 if key.dtype == torch.float64 else torch.float32

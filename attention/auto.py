@@ -1,0 +1,64 @@
+"""Resolves the schedule ``"auto"`` of a sequence, for one layer geometry, by cost (``hdp.attention.choose``).
+
+Every sharer asks with the same numbers and gets the same answer: nothing is measured or communicated here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hdp.attention.choose import Case, Links, Rates, choose
+from hdp.attention.counts import Sizes
+from hdp.attention.lowered import Geometry
+from hdp.attention.mask import Mask
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chooser:
+    """What the choice needs to know of the machine; equal on all ranks."""
+
+    links: Links
+    flops: float
+    """Floating-point operations a second that attention attains on one rank."""
+    backward_factor: float = 2.5
+    """Operations of backward over those of forward."""
+    ranks_per_node: int | None = None
+    """Ranks that reach each other over the inner links; None: all."""
+    step_seconds: float = 3e-5
+    """Cost of a program step on the host."""
+    kept_limit: float | None = None
+    """Bytes a layer may keep from forward to backward; None: any."""
+
+    def __post_init__(self) -> None:
+        if not self.flops > 0:
+            raise ValueError(f"flops is {self.flops}: give the operations a second that attention attains")
+
+    def names(
+        self, length: int, group: tuple[int, ...], layout: str, geometry: Geometry, mask: Mask
+    ) -> tuple[str, str]:
+        """Forward and backward schedule of a sequence of ``length`` tokens on the ranks ``group``."""
+        nodes = None
+        if self.ranks_per_node is not None:
+            nodes = tuple(rank // self.ranks_per_node for rank in group)
+            nodes = None if len(set(nodes)) == 1 else nodes
+        forward = self.flops / (4 * geometry.head_dim)
+        case = Case(
+            length=length,
+            size=len(group),
+            heads=geometry.heads,
+            sizes=Sizes(
+                head_dim=geometry.head_dim,
+                model_bytes=geometry.model_bytes,
+                sum_bytes=geometry.sum_bytes,
+                input_bytes=geometry.wire_bytes,
+            ),
+            links=self.links,
+            rates=Rates(forward=forward, backward=forward / self.backward_factor, step_seconds=self.step_seconds),
+            mask=mask,
+            layout=layout,
+            nodes=nodes,
+            kept_limit=self.kept_limit,
+        )
+        return choose(case).names

@@ -1,0 +1,25 @@
+"""What the choice of attention schedules needs to know, from what planners know of the ranks."""
+
+from __future__ import annotations
+
+from hdp.attention.auto import Chooser
+from hdp.attention.choose import Links
+from hdp.balance.topology import Topology
+
+
+def make_chooser(topology: Topology, *, flops: float, kind: str = "nic") -> Chooser:
+    """Resolves the schedule ``"auto"`` on these ranks; set it as ``world.runtime.chooser``.
+
+    Args:
+        topology: nodes and links, equal on all ranks.
+        flops: operations a second that attention attains on one rank.
+        kind: ``"nic"``: a rank's traffic shares one port; ``"peer"``: each pair of ranks has a link of its own.
+    """
+    links = Links(
+        kind=kind,
+        inner_rate=topology.intra.bandwidth,
+        outer_rate=topology.inter.bandwidth,
+        latency=topology.intra.latency if topology.nodes == 1 else topology.inter.latency,
+    )
+    per_node = topology.ranks_per_node if topology.nodes > 1 else None
+    return Chooser(links=links, flops=flops, ranks_per_node=per_node)
