@@ -21,6 +21,7 @@ from hdp.balance.plan import Plan
 from hdp.parallel.activations import Activations, needs_store
 from hdp.parallel.arrangement import Arrangement, Work, arrange, works
 from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch, build_inputs
+from hdp.parallel.costs import assume
 from hdp.parallel.loader import Loader
 from hdp.parallel.loss import loss_sum
 from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans
@@ -47,6 +48,8 @@ class Engine:
         self.head = output_head(model)
         self.activations: Activations | None = None
         """What becomes of saved activations; None keeps them all."""
+        if world.assumptions is None:
+            world.assumptions = assume(model, world.device, world.world_size, compute_dtype(model))
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
 
@@ -237,6 +240,11 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     norms = [torch.nn.utils.get_total_norm(group) for group in meshes.values()]
     whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """Of most of the model's parameters; mixed precision that a wrapper adds is not seen here."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def check_attention(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch.distributed as dist
 
 from hdp.balance import make_plan
-from hdp.balance.plan import Plan
+from hdp.balance.plan import Plan, PlanError
 from hdp.parallel.batch import REDUCTIONS, Documents, Fields, PlannedBatch, read_document
 from hdp.parallel.errors import PlanMismatch
 from hdp.parallel.loss import IGNORE_INDEX
@@ -41,10 +41,11 @@ class Loader:
             alike, whatever its number of label tokens.
         start: batches of the same run to skip, for resuming.
         ahead: batches planned in advance, in the background.
-        plan_options: handed to the planner.
+        plan_options: handed to the planner: ``regime``, ``offload``, and ``cost`` and ``topology``, which otherwise are what
+            the engine assumed from its model and device (``world.assumptions``).
 
     Raises:
-        ValueError: no documents, no positive token count.
+        ValueError: no documents, no positive token count or capacity.
         hdp.balance.PlanError: a batch that cannot be planned (a document longer than world x capacity, an unknown planner).
         PlanMismatch: ranks that see different documents or made different plans.
     """
@@ -66,6 +67,8 @@ class Loader:
     ) -> None:
         if len(documents) == 0:
             raise ValueError("no documents: the loader needs at least one")
+        if capacity < 1:
+            raise PlanError(f"capacity is {capacity}: a rank must hold at least one token of a micro-batch")
         if tokens_per_step < 1:
             raise ValueError(f"tokens_per_step is {tokens_per_step}: a step needs at least one token")
         if reduction not in REDUCTIONS:
@@ -76,6 +79,10 @@ class Loader:
         self.lengths = document_lengths(documents)
         if int(self.lengths.sum()) == 0:
             raise ValueError(f"all {len(documents)} documents are empty: there is nothing to train on")
+        if isinstance(
+            planner, str
+        ):  # an unknown planner, or a document that fits nowhere, ends here and not hours later
+            self._make(self.lengths.max(keepdims=True), make_plan, planner=planner)
         # Ranks whose first batches agree could still part later, one waiting for a batch that the other never draws.
         run = hashlib.sha256(np.ascontiguousarray(self.lengths, dtype="<i8").tobytes())
         run.update(repr((tokens_per_step, capacity, seed, steps, start)).encode())
@@ -128,9 +135,16 @@ class Loader:
 
     def _plan(self, indices: tuple[int, ...]) -> Plan:
         lengths = self.lengths[list(indices)]
-        make = {"planner": self.planner} if isinstance(self.planner, str) else {}
-        call = make_plan if isinstance(self.planner, str) else self.planner
-        return call(lengths, world_size=self.world.world_size, capacity=self.capacity, **make, **self.plan_options)
+        if isinstance(self.planner, str):
+            return self._make(lengths, make_plan, planner=self.planner)
+        return self._make(lengths, self.planner)
+
+    def _make(self, lengths: np.ndarray, make: Planner, **planner: str) -> Plan:
+        options = dict(self.plan_options)
+        known = self.world.assumptions
+        if planner and known is not None and not {"cost", "topology"} & options.keys():
+            options |= {"cost": known.cost, "topology": known.topology}
+        return make(lengths, world_size=self.world.world_size, capacity=self.capacity, **planner, **options)
 
     def _agree(self, step: int, indices: tuple[int, ...], plan: Plan) -> PlannedBatch:
         return agree(self.world, step, self.documents, indices, plan, self.reduction, self._run)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hdp.attention.route import AttentionRuntime
 from hdp.parallel.channel import LANES, TorchChannel
+from hdp.parallel.costs import Assumptions
 from hdp.parallel.guard import Guard
 
 
@@ -35,6 +36,9 @@ class World:
     owns_process_group: bool
     mesh: DeviceMesh
     """Dimensions ``hdp`` and, with tensor parallelism, ``tp`` (neighbouring ranks)."""
+    assumptions: Assumptions | None = None
+    """What planners are told about the model and the ranks unless a loader is given ``cost`` and ``topology``; an engine
+    sets it from its model."""
 
     def close(self) -> None:
         """Leaves the job. Only what :func:`init` itself set up is taken down."""

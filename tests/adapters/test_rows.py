@@ -89,7 +89,7 @@ def test_steps_of_epochs_are_counted_to_the_batch(seed):
     lengths = [60, 5, 5, 40, 41, 7, 33, 100, 250, 1, 1, 1, 17]
     documents = [torch.zeros(n, dtype=torch.int64) for n in lengths]
     loader = Loader(
-        documents, types.SimpleNamespace(world_size=1), tokens_per_step=100, capacity=300, seed=seed, steps=1 << 62
+        documents, types.SimpleNamespace(world_size=1, assumptions=None), tokens_per_step=100, capacity=300, seed=seed, steps=1 << 62
     )
     draws = loader._draw()
     seen: list[list[int]] = []

@@ -19,7 +19,7 @@ LENGTHS = [10, 3, 40, 7, 90, 1, 22, 15, 0, 8, 31, 64, 5]
 class Alone:
     """As much of a world as planning needs."""
 
-    rank, world_size = 0, 2
+    rank, world_size, assumptions = 0, 2, None
 
 
 def batches(**options: Any) -> list[tuple[int, ...]]:

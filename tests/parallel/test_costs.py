@@ -1,0 +1,46 @@
+"""What planners are told when nobody says anything."""
+
+from __future__ import annotations
+
+import torch
+from tiny import make_model
+from transformers import LlamaConfig
+
+import hdp
+from hdp.balance import make_plan
+from hdp.parallel.costs import assume
+
+
+def test_a_small_model_on_a_cpu_shares_only_what_pays():
+    model = torch.nn.Module()
+    model.config = LlamaConfig(
+        vocab_size=257, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    known = assume(model, torch.device("cpu"), 2, torch.float32)
+    assert known is not None and known.device == "cpu" and known.cost.layers == 4
+    assert known.cost.ring_bytes == 2 * 2 * 32 * 4  # keys and values, 2 heads of 32, fp32
+    lengths = [3000, 900, 700, 400, 300, 200, 150, 100, 90, 80, 70, 60]
+    plan = make_plan(lengths, world_size=2, capacity=2048, planner="auto", cost=known.cost, topology=known.topology)
+    sizes = plan.group_sizes()
+    assert sizes[2] >= 1 and sizes[1] >= 8, plan.describe_groups()
+
+
+def test_half_precision_is_faster():
+    model = make_model(attention="sdpa")
+    slow, fast = (assume(model, torch.device("cpu"), 2, dtype) for dtype in (torch.float32, torch.bfloat16))
+    assert slow.cost.linear == 2 * fast.cost.linear
+
+
+def test_a_model_without_a_shape_is_not_guessed_at():
+    assert assume(torch.nn.Linear(2, 2), torch.device("cpu"), 2, torch.float32) is None
+
+
+def told(world: hdp.World) -> tuple:
+    engine = hdp.shard(make_model(), world)
+    return engine.world.assumptions, world.assumptions.topology.world_size
+
+
+def test_an_engine_sets_it_for_its_loaders_alike_on_all_ranks(ranks):
+    found = ranks(3).run(told)
+    assert found[0] is not None and all(f == found[0] for f in found) and found[0][1] == 3
