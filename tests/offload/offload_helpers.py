@@ -144,8 +144,9 @@ class Awkward(nn.Module):
 
 
 class Zoo(nn.Module):
-    def __init__(self, layers: int = LAYERS) -> None:
+    def __init__(self, layers: int = LAYERS, *, wasteful: bool = False) -> None:
         super().__init__()
+        self.wasteful = wasteful
         self.embedding = nn.Embedding(50, WIDTH)
         self.layers = nn.ModuleList(Awkward() for _ in range(layers))
         self.head = nn.Linear(WIDTH, 50)
@@ -154,12 +155,14 @@ class Zoo(nn.Module):
         x = self.embedding(ids)
         for layer in self.layers:
             x = torch.tanh(layer(x))
+            if self.wasteful:
+                (x * 3.0).square()  # saved, and gone at once: its room may be given away only after its copy is over
         return F.cross_entropy(self.head(x)[0], ids[0])
 
 
-def make_zoo(layers: int = LAYERS) -> Zoo:
+def make_zoo(layers: int = LAYERS, *, wasteful: bool = False) -> Zoo:
     torch.manual_seed(0)
-    return Zoo(layers)
+    return Zoo(layers, wasteful=wasteful)
 
 
 def token_ids(tokens: int, seed: int = 0) -> Tensor:

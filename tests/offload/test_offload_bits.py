@@ -41,7 +41,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def model():
-    return make_zoo()
+    return make_zoo(wasteful=True)
 
 
 @pytest.fixture(scope="module")
