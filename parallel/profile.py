@@ -33,7 +33,11 @@ REPEATS = 3
 MESSAGES = (1 << 16, 1 << 20, 1 << 22)
 """Bytes of the messages that links are measured with."""
 PIECE = 1 << 20  # larger messages travel in pieces, as in training
-BUDGET = 90.0
+BUDGET = 75.0
+LEAST_LENGTHS = 4
+"""Lengths that are measured even if they take longer than the budget: three terms are fitted."""
+GROWTH = 3.0
+"""What twice the length may take: twice to four times as long."""
 
 
 def profile(
@@ -42,7 +46,7 @@ def profile(
     """Measures ``model`` (as for ``hdp.shard``, not wrapped) and the links between the ranks of ``world``.
 
     Args:
-        lengths: tokens of the documents to run; empty: 256, 512, ... until a quarter of the budget is used by one run.
+        lengths: tokens of the documents to run; empty: 128, 256, ... as far as the budget goes.
         budget: seconds that the runs of the model may take, about.
     """
     model.to(world.device)
@@ -76,12 +80,14 @@ def cost_model(shape: ModelShape, samples: Sequence[Sample], head: float, kept: 
     """The fitted cost model; bytes on links follow from the shape. ``head``: seconds per token, both passes."""
     (a, b, c), (a_back, b_back, c_back) = fit(samples, shape.layers, head)
     kv = 2 * shape.kv_heads * shape.head_dim
-    # One ratio serves layers and head: what makes their sum over both passes right.
-    ratio = b_back / b if b > 0 else 2.0
+    # A term that one pass lacks (noise, few lengths) is split as usual: backward is twice forward, 2.5 times in attention.
+    b, b_back = (b, b_back) if b > 0 else (b_back / 3.0, b_back * 2.0 / 3.0)
+    a, a_back = (a, a_back) if a > 0 else (a_back / 3.5, a_back * 2.5 / 3.5)
+    ratio = b_back / b if b > 0 else 2.0  # one ratio serves layers and head
     return CostModel(
         layers=shape.layers,
         quadratic=a,
-        linear=b if b > 0 else b_back / 2.0,
+        linear=b,
         constant=c + c_back,
         head=head / (1.0 + ratio),
         backward_quadratic=a_back / a if a > 0 else 2.5,
@@ -159,11 +165,12 @@ def _measure(
     engine: Engine, shape: ModelShape, world: World, lengths: tuple[int, ...], budget: float
 ) -> tuple[Sample, ...]:
     """Single documents of growing length, and packs of short ones, which tell linear from quadratic time."""
-    growing = lengths or tuple(256 << k for k in range(11))
+    growing = lengths or tuple(128 << k for k in range(12))
     samples, spent, last = [], 0.0, 0.0
     for length in growing:
-        if not lengths and (spent + 4 * last * (REPEATS + 1) > budget * 2 / 3):
-            break  # the next takes up to four times as long
+        enough = len(samples) >= LEAST_LENGTHS
+        if not lengths and enough and spent + GROWTH * last * (REPEATS + 1) > budget * 2 / 3:
+            break
         samples.append(_sample(engine, shape, world, length, 1))
         last = samples[-1].seconds
         spent += last * (REPEATS + 1)

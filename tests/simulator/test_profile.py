@@ -1,0 +1,133 @@
+"""Fits on made-up times, the profile's file, and a real measurement of a tiny model; the commands end to end."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hdp.balance import CostModel, Link, PlanError
+from hdp.balance.measured import Profile, Sample, fit, predicted
+from hdp.cli import main
+
+
+def made_up(a: float, b: float, c: float, layers: int, head: float) -> list[Sample]:
+    samples = []
+    for length, documents in ((128, 1), (512, 1), (2048, 1), (512, 4), (128, 16)):
+        tokens, squares = length * documents, length * length * documents
+        layer = a * squares + b * tokens + c
+        forward = layers * layer + tokens * head / 3
+        backward = layers * (2.5 * a * squares + 2 * b * tokens + 2 * c) + tokens * head * 2 / 3
+        samples.append(Sample(length=length, documents=documents, forward=forward, backward=backward))
+    return samples
+
+
+@pytest.mark.parametrize("terms", [(1e-9, 1e-6, 1e-4), (1e-9, 1e-6, 0.0), (0.0, 1e-6, 1e-4)])
+def test_fit_finds_the_terms(terms: tuple[float, float, float]):
+    forward, backward = fit(made_up(*terms, layers=3, head=2e-7), layers=3, head=2e-7)
+    assert forward == pytest.approx(terms, rel=1e-6, abs=1e-15)
+    assert backward == pytest.approx([2.5 * terms[0], 2 * terms[1], 2 * terms[2]], rel=1e-6, abs=1e-15)
+
+
+def test_fit_has_no_negative_terms():
+    samples = [Sample(length=n, documents=1, forward=0.01 * n**0.5, backward=0.01 * n**0.5) for n in (64, 256, 1024)]
+    for terms in fit(samples, layers=1, head=0.0):
+        assert min(terms) >= 0 and max(terms) > 0
+
+
+def profile_of(samples: list[Sample], intra: Link | None, inter: Link | None) -> Profile:
+    return Profile(
+        model="m",
+        device="d",
+        world_size=4,
+        ranks_per_node=2,
+        cost=CostModel(layers=3, quadratic=1e-9, linear=1e-6),
+        samples=tuple(samples),
+        intra=intra,
+        inter=inter,
+        parameters=10,
+    )
+
+
+def test_profile_file(tmp_path: Path):
+    made = profile_of(made_up(1e-9, 1e-6, 0.0, 3, 0.0), None, Link(bandwidth=1e9, latency=1e-5))
+    made.write(tmp_path / "p.json")
+    read = Profile.read(tmp_path / "p.json")
+    assert read == made
+    topology = read.topology(world_size=16)
+    assert (topology.world_size, topology.intra, topology.inter) == (16, made.inter, made.inter)
+    sample = made.samples[0]
+    assert predicted(read.cost, sample.length, sample.documents) == pytest.approx(
+        3.5 * 3 * 1e-9 * 128**2 + 3 * 3 * 1e-6 * 128
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "cost": 3}'])
+def test_refuses_what_is_no_profile(tmp_path: Path, text: str):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(PlanError, match="profile"):
+        Profile.read(tmp_path / "p.json")
+
+
+def test_profile_without_links_says_so():
+    with pytest.raises(PlanError, match="no links"):
+        profile_of([], None, None).topology()
+
+
+def test_more_layers_than_measured():
+    made = replace(profile_of([], None, None), cost=CostModel(layers=2, quadratic=1.0, linear=1.0, window_layers=1))
+    assert (made.with_layers(8).cost.layers, made.with_layers(8).cost.window_layers) == (8, 4)
+
+
+def test_command_profile_then_simulate(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    config = {
+        "model_type": "llama",
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "p.json"
+    arguments = ["--model", str(tmp_path), "--lengths", "16,64,128", "--out", str(out)]
+    assert main(["profile", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "error" in text and "from shape" in text
+    profile = Profile.read(out)
+    assert profile.cost.layers == 2 and profile.cost.ring_bytes == 2 * 2 * 8 * 4
+    assert [(s.length, s.documents) for s in profile.samples] == [(16, 1), (64, 1), (128, 1), (32, 4)]
+    assert profile.cost.activation_bytes > 32 * 4  # at least a layer's input
+    simulated = tmp_path / "s.json"
+    arguments = ["--profile", str(out), "--distribution", "github", "--tokens", "20000", "--context", "4096"]
+    arguments += ["--world-size", "4", "--ranks-per-node", "2", "--capacity", "2048", "--json", str(simulated)]
+    assert main(["simulate", *arguments, "--planners", "static,auto", "--sharding", "none"]) == 0
+    planners = json.loads(simulated.read_text())["planners"]
+    assert [p["planner"] for p in planners] == ["static", "auto"]
+    assert planners[0]["speed_up"] == 1.0 and 0.5 < planners[1]["speed_up"] < 4
+
+
+def test_command_simulate_draws_and_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lengths = tmp_path / "lengths.txt"
+    lengths.write_text("30000\n500\n500\n1000\n")
+    base = ["simulate", "--lengths", str(lengths), "--world-size", "4", "--capacity", "8192"]
+    assert main([*base, "--svg", str(tmp_path / "s.svg")]) == 0
+    assert "speed-up" in capsys.readouterr().out
+    assert "<svg" in (tmp_path / "s.svg").read_text()
+    assert main([*base, "--planners", "nothing"]) == 3
+    assert "unknown planner 'nothing'" in capsys.readouterr().err
+    lengths.write_text("300000\n")
+    assert main(base) == 3
+    assert "does not fit" in capsys.readouterr().err
+    assert main([*base, "--steps", "2"]) == 3
+    assert main(["simulate", "--lengths", str(tmp_path / "none"), "--world-size", "4", "--capacity", "1"]) == 3
+
+
+def test_command_profile_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["profile", "--lengths", "1,x"]) == 3
+    assert "--lengths is '1,x'" in capsys.readouterr().err
+    assert main(["profile", "--layers", "99"]) == 3
+    assert "--layers is 99" in capsys.readouterr().err
