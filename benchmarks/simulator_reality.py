@@ -116,14 +116,15 @@ def main() -> None:
                 seconds.append(result.seconds)
                 for parameter in engine.parameters():
                     parameter.grad = None
-            real = statistics.median(seconds[1:])
+            real, least = statistics.median(seconds[1:]), min(seconds[1:])
             case = {"batch": name, "planner": planner, "predicted": predicted, "evaluated": plain}
-            cases.append({**case, "measured": real, "least": min(seconds[1:])})
+            cases.append({**case, "measured": real, "least": least})
             if world.rank == 0:
-                spread = (max(seconds[1:]) - min(seconds[1:])) / real
+                spread = (max(seconds[1:]) - least) / real
                 print(
                     f"{name:16} {planner:8} predicted {predicted:.3f} measured {real:.3f} ({predicted / real - 1:+.1%}),"
-                    f" least {min(seconds[1:]):.3f} ({predicted / min(seconds[1:]) - 1:+.1%}), spread {spread:.0%}, evaluate {plain:.3f} {made.describe_groups()}",
+                    f" least {least:.3f} ({predicted / least - 1:+.1%}), spread {spread:.0%}, evaluate {plain:.3f}"
+                    f" {made.describe_groups()}",
                     flush=True,
                 )
                 if options.timeline:
