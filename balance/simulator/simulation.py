@@ -23,7 +23,7 @@ from hdp.balance.simulator.steps import (
     one_forward_one_backward,
 )
 
-ROUNDS = 4_000_000
+ROUNDS = 2_000_000
 """Rounds that one simulation aims at: layers, and the steps of long rings, are run in fewer, thicker pieces to keep to it."""
 LEAST_ROUNDS = 64
 """Rounds of a long ring at least."""

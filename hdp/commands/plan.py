@@ -22,6 +22,7 @@ from hdp.balance.cost import TICK
 from hdp.balance.devices import DEVICES, find_device
 from hdp.balance.distributions import DISTRIBUTIONS, draw_lengths, read_lengths, source_tree_lengths
 from hdp.balance.evaluate import Evaluation, evaluate
+from hdp.balance.measured import Profile
 from hdp.balance.plan import IntArray, Plan
 from hdp.balance.planners import make_problem
 from hdp.balance.planners import plan as make
@@ -62,6 +63,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--capacity", type=int, required=True, help="tokens a rank holds in one micro-batch")
     parser.add_argument("--regime", choices=("step", "slot"), default="step", help="default: step")
     parser.add_argument("--model", default="llama-7b", help="a shipped model, a config.json or its folder")
+    parser.add_argument("--profile", metavar="FILE", help="cost model and links that hdp profile measured")
     parser.add_argument("--device", choices=list(DEVICES), default="h100-sxm", help="default: h100-sxm")
     parser.add_argument("--flops", type=float, help="operations per second that a rank attains; default: the device's")
     parser.add_argument("--intra-bandwidth", type=float, help="bytes per second between ranks of a node")
@@ -75,6 +77,8 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
 
 def cluster_of(arguments: argparse.Namespace) -> tuple[Topology, CostModel]:
     """Topology and cost model of the arguments; what the user gives wins over the device's table."""
+    if arguments.profile:
+        return measured_cluster(arguments, Profile.read(arguments.profile))
     device = find_device(arguments.device)
     intra, inter = device.intra, device.inter
     if arguments.intra_bandwidth is not None:
@@ -92,6 +96,19 @@ def cluster_of(arguments: argparse.Namespace) -> tuple[Topology, CostModel]:
         world_size=arguments.world_size,
     )
     return topology, replace(cost, constant=arguments.overhead)
+
+
+def measured_cluster(arguments: argparse.Namespace, measured: Profile) -> tuple[Topology, CostModel]:
+    """What was measured; bandwidths that the user gives stand in for links that were not."""
+    given = {"intra": arguments.intra_bandwidth, "inter": arguments.inter_bandwidth}
+    links = {name: Link(bandwidth=value) for name, value in given.items() if value is not None}
+    cost = measured.cost
+    if arguments.copy_bandwidth is not None:
+        cost = replace(cost, copy_bandwidth=arguments.copy_bandwidth)
+    topology = replace(measured, **links).topology(  # type: ignore[arg-type]
+        world_size=arguments.world_size, ranks_per_node=arguments.ranks_per_node
+    )
+    return topology, cost
 
 
 def lengths_of(arguments: argparse.Namespace) -> IntArray:

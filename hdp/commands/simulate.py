@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stages", type=int, default=1, help="pipeline stages of world-size ranks each; default: 1")
     parser.add_argument("--ranks-per-nic", type=int, default=1, help="ranks of a node that share a NIC; default: 1")
-    parser.add_argument("--profile", metavar="FILE", help="cost model and links that hdp profile measured")
     parser.add_argument("--seed", type=int, default=0, help="of drawn lengths and of planners that draw; default: 0")
     parser.add_argument("--json", metavar="OUT", help="write all figures as JSON; - for standard output")
     parser.add_argument("--png", metavar="OUT", help="draw the comparison (needs matplotlib)")
@@ -124,9 +123,6 @@ def machine_of(arguments: argparse.Namespace) -> tuple[CostModel, Cluster]:
     fields: dict[str, object] = {}
     if arguments.profile:
         measured = Profile.read(arguments.profile)
-        cost = measured.cost
-        if measured.intra or measured.inter:
-            topology = measured.topology(world_size=arguments.world_size, ranks_per_node=arguments.ranks_per_node)
         shape = None
         parameters = float(measured.parameters)
     else:

@@ -104,6 +104,9 @@ def test_command_profile_then_simulate(tmp_path: Path, capsys: pytest.CaptureFix
     simulated = tmp_path / "s.json"
     arguments = ["--profile", str(out), "--distribution", "github", "--tokens", "20000", "--context", "4096"]
     arguments += ["--world-size", "4", "--ranks-per-node", "2", "--capacity", "2048", "--json", str(simulated)]
+    assert main(["simulate", *arguments]) == 3  # one rank measured no links
+    assert "no links" in capsys.readouterr().err
+    arguments += ["--inter-bandwidth", "1e9"]
     assert main(["simulate", *arguments, "--planners", "static,auto", "--sharding", "none"]) == 0
     planners = json.loads(simulated.read_text())["planners"]
     assert [p["planner"] for p in planners] == ["static", "auto"]
