@@ -33,7 +33,8 @@ class Ticket:
     sends: list[tuple[Packet, dist.Work]] = field(default_factory=list)
     arrived: threading.Event | None = None
     """Set when the receives are done, or failed; None: nobody has asked yet."""
-    failure: Exception | None = None
+    failure: tuple[Packet, Exception] | None = None
+    """The receive that failed, found by the thread that waited for it."""
 
 
 class TorchChannel:
@@ -54,7 +55,7 @@ class TorchChannel:
         """Whether the rank is blocked in a transfer just now."""
         self._grouped = bool(lanes) and dist.get_backend(lanes[0]) == dist.Backend.NCCL
         self.can_ask = not self._grouped
-        self._questions: queue.SimpleQueue[Ticket] | None = None
+        self._questions: queue.SimpleQueue[Ticket | None] | None = None
 
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
         for _, tensor in sends:
@@ -106,11 +107,19 @@ class TorchChannel:
             ticket.arrived = threading.Event()
             if self._questions is None:
                 self._questions = queue.SimpleQueue()
-                threading.Thread(
+                self._waiter = threading.Thread(
                     target=_await_receives, args=(self._questions,), name="hdp-receives", daemon=True
-                ).start()
+                )
+                self._waiter.start()
             self._questions.put(ticket)
         return ticket.arrived.is_set()
+
+    def close(self) -> None:
+        """Ends the thread that waits; before the process groups are gone."""
+        if self._questions is not None:
+            self._questions.put(None)
+            self._waiter.join(timeout=5)
+            self._questions = None
 
     def wait_receives(self, ticket: Ticket) -> None:
         if ticket.arrived is None:
@@ -124,7 +133,8 @@ class TorchChannel:
                 self.is_waiting = False
             self.waited.append((start, time.perf_counter()))
             if ticket.failure is not None:
-                raise self._error("receiving", ticket.receives[0][0], ticket.failure) from ticket.failure
+                packet, error = ticket.failure
+                raise self._error("receiving", packet, error) from error
         ticket.receives.clear()
 
     def wait_sends(self, ticket: Ticket) -> None:
@@ -154,21 +164,24 @@ class TorchChannel:
         )
 
 
-def _await_receives(questions: queue.SimpleQueue[Ticket]) -> None:
-    """Waits for the receives of one ticket after the other; a ticket's own thread-safe event says when."""
-    while True:
-        ticket = questions.get()
-        assert ticket.arrived is not None
-        try:
-            for number, (_, work) in enumerate(ticket.receives):
-                try:
-                    work.wait()
-                except RuntimeError as error:
-                    ticket.failure = error
-                    ticket.receives[:] = ticket.receives[number : number + 1]
-                    break
-        finally:
-            ticket.arrived.set()
+def _await_receives(questions: queue.SimpleQueue[Ticket | None]) -> None:
+    """Waits for the receives of one ticket after the other, until None. Holds no transfer while it is idle."""
+    while (ticket := questions.get()) is not None:
+        _await(ticket)
+        del ticket
+
+
+def _await(ticket: Ticket) -> None:
+    assert ticket.arrived is not None
+    try:
+        for packet, work in ticket.receives:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                ticket.failure = (packet, error)
+                return
+    finally:
+        ticket.arrived.set()
 
 
 def _pieces(tensor: Tensor) -> list[Tensor]:

@@ -43,6 +43,7 @@ class World:
     def close(self) -> None:
         """Leaves the job. Only what :func:`init` itself set up is taken down."""
         self.guard.stop()
+        self.channel.close()
         if self.owns_process_group and dist.is_initialized():
             dist.destroy_process_group()
 
