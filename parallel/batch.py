@@ -161,12 +161,12 @@ def build_inputs(
         parts.append((zero, zero, torch.full_like(zero, IGNORE_INDEX), None))
         routes.append(RouteShard(sequence=len(batch.indices), length=1, group=(runtime.rank,)))
     has_weights = any(p[3] is not None for p in parts)
-    weights = [torch.ones(len(p[0])) if p[3] is None else p[3] for p in parts] if has_weights else []
+    token_weights = [torch.ones(len(p[0])) if p[3] is None else p[3] for p in parts] if has_weights else []
     return MicroBatchInputs(
         input_ids=torch.cat([p[0] for p in parts]).to(device),
         position_ids=torch.cat([p[1] for p in parts]).to(device),
         labels=torch.cat([p[2] for p in parts]).to(device),
-        weights=torch.cat(weights).to(device) if weights else None,
+        weights=torch.cat(token_weights).to(device) if token_weights else None,
         route=Route(runtime, routes, serial=(batch.step, slot)),
         sequences=tuple(shard.sequence for shard in shards),
     )

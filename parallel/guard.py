@@ -60,7 +60,7 @@ class Guard:
         self._thread: threading.Thread | None = None
         self._signals = _TermNotice(self._tell_place) if _is_main_thread() else None
         if world_size > 1:
-            self._store = dist.PrefixStore("hdp/life", dist.distributed_c10d._get_default_store().clone())
+            self._store = dist.PrefixStore("hdp/life", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
             self._write(0)
             self._thread = threading.Thread(target=self._beat, name="hdp-guard", daemon=True)
             self._thread.start()
@@ -170,7 +170,7 @@ class Guard:
         keys = [str(rank) for rank in range(self.world_size)]
         if not self._store.check(keys):  # some rank is still on its way in
             return [self._read(key) for key in keys]
-        values = self._store.multi_get(keys) if self._store.has_extended_api() else map(self._store.get, keys)
+        values = self._store.multi_get(keys) if self._store.has_extended_api() else map(self._store.get, keys)  # type: ignore[attr-defined]
         return [Sign(**json.loads(value)) for value in values]
 
     def _read(self, key: str) -> Sign:
