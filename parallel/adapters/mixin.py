@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hdp.balance import make_plan
 from hdp.parallel.adapters.arguments import check_arguments, check_trainer, ignored_arguments
 from hdp.parallel.adapters.checkpoint import full_state_dict, load_state, save_state
 from hdp.parallel.adapters.config import HdpConfig, build_engine
@@ -121,9 +120,6 @@ class HdpTrainerMixin(_Trainer):
         plain = super().get_train_dataloader()
         self._documents = RowDocuments(plain.dataset, plain.collate_fn)
         self._close_batches()
-        loader = self._loader(self._documents, steps=1)
-        longest = [int(loader.lengths.max())]  # a capacity that cannot work is an error now, not when it is drawn
-        make_plan(longest, world_size=self.world.world_size, capacity=loader.capacity, planner=loader.planner)
         epochs = self.args.num_train_epochs if self.args.max_steps <= 0 else 1
         self._total_steps = count_steps(self._loader(self._documents, steps=1 << 62), epochs)
         steps = math.ceil(self._total_steps / epochs)

@@ -43,10 +43,12 @@ class RowDocuments:
         self.rows, self.collate = rows, collate
         pieces = list(_pieces(rows))
         counts = np.array([len(p) for p in pieces], dtype=np.int64)
-        self._row = np.repeat(np.arange(len(pieces)), counts)
-        self._piece = np.concatenate([np.arange(n) for n in counts]) if len(counts) else counts
+        lengths = np.array([n for p in pieces for n in p], dtype=np.int64)
+        full = lengths > 0  # rows without tokens have nothing to train on
+        self._row = np.repeat(np.arange(len(pieces)), counts)[full]
+        self._piece = np.concatenate([np.arange(n) for n in counts])[full] if len(counts) else counts
         self._pieces = pieces
-        self.lengths = np.array([n for p in pieces for n in p], dtype=np.int64)
+        self.lengths = lengths[full]
         if len(self):
             self[0]  # a collator that does not fit is an error now, not in the middle of a step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -35,6 +36,9 @@ class AdapterServer(Server):
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[AdapterServer]:
+    missing = [name for name in ("accelerate", "datasets", "peft", "trl") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"{missing[0]} is not installed: pip install '.[adapters]'")
     server = AdapterServer()
     yield server
     server.close()
