@@ -50,7 +50,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--capacity", type=int, default=2048, help="tokens a rank holds at once (default: %(default)s)")
     plan.add_argument("--tokens-per-step", type=int, default=12288, help="of all ranks together (default: %(default)s)")
     training = parser.add_argument_group("training")
-    training.add_argument("--steps", type=int, default=40, help="default: %(default)s")
+    training.add_argument("--steps", type=int, default=36, help="default: %(default)s")
     training.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (default: %(default)s)")
     training.add_argument("--warmup", type=float, default=0.1, help="share of the steps (default: %(default)s)")
     training.add_argument("--weight-decay", type=float, default=0.1, help="default: %(default)s")
