@@ -166,7 +166,8 @@ def _measure(
 ) -> tuple[Sample, ...]:
     """Single documents of growing length, and packs of short ones, which tell linear from quadratic time."""
     growing = lengths or tuple(128 << k for k in range(12))
-    samples, spent, last = [], 0.0, 0.0
+    samples: list[Sample] = []
+    spent, last = 0.0, 0.0
     for length in growing:
         enough = len(samples) >= LEAST_LENGTHS
         if not lengths and enough and spent + GROWTH * last * (REPEATS + 1) > budget * 2 / 3:
