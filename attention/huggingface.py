@@ -21,6 +21,8 @@ ROUTE_KEYWORD = "hdp_route"
 _HARMLESS = frozenset(
     {"position_ids", "cache_position", "use_cache", "output_hidden_states", "return_dict", "layer_idx"}
 )
+# What else sdpa honours, or what cannot change its result: sliding windows come with the mask, losses after it.
+_OUTSIDE = frozenset({"output_attentions", "position_bias", "cache", "num_items_in_batch"})
 
 
 def register() -> None:
@@ -60,6 +62,7 @@ def hdp_attention(
     if hdp_route is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+        _refuse_unknown(keywords, _HARMLESS | _OUTSIDE, "outside a planned batch")
         keywords.update(softcap=softcap) if softcap is not None else None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **keywords
@@ -83,8 +86,10 @@ def _refuse(query: Tensor, attention_mask: Tensor | None, dropout: float, keywor
         )
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported: set attention_dropout=0 in the model's config")
-    unknown = sorted(k for k, v in keywords.items() if k not in _HARMLESS and v is not None and v is not False)
+    _refuse_unknown(keywords, _HARMLESS, "in a planned batch")
+
+
+def _refuse_unknown(keywords: dict[str, Any], known: frozenset[str], where: str) -> None:
+    unknown = sorted(k for k, v in keywords.items() if k not in known and v is not None and v is not False)
     if unknown:
-        raise ValueError(
-            f"attention keyword {unknown[0]!r} is not supported in a planned batch; remove it from the call"
-        )
+        raise ValueError(f"attention keyword {unknown[0]!r} is not supported {where}; remove it from the call")

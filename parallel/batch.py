@@ -75,10 +75,15 @@ def read_document(documents: Documents, index: int, reduction: str = "token") ->
     if "input_ids" not in fields:
         raise ValueError(f"document {index} has no 'input_ids' (it has {sorted(fields)})")
     ids = torch.as_tensor(fields["input_ids"])
-    if ids.dim() != 1 or ids.is_floating_point():
+    if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"document {index}: token ids must be one row of integers, not {ids.dtype} {tuple(ids.shape)}")
     ids = ids.to(torch.int64)
-    labels = torch.as_tensor(fields.get("labels", ids)).to(torch.int64)
+    labels = torch.as_tensor(fields.get("labels", ids))
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"document {index}: labels must be integers ({IGNORE_INDEX} does not count), not {labels.dtype}"
+        )
+    labels = labels.to(torch.int64)
     weights = fields.get("loss_weights")
     weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
     for name, tensor in (("labels", labels), ("loss_weights", weights)):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from hdp.attention.lowered import Packet
 from hdp.parallel.errors import PeerError
 
 PIECE_BYTES = 1 << 20
+CPU = torch.device("cpu")
 LANES = 2
 
 
@@ -44,7 +46,7 @@ class TorchChannel:
     ``sent_bytes`` and ``messages`` count what left this rank.
     """
 
-    def __init__(self, rank: int, lanes: Sequence[dist.ProcessGroup]) -> None:
+    def __init__(self, rank: int, lanes: Sequence[dist.ProcessGroup], device: torch.device = CPU) -> None:
         self.rank, self.lanes = rank, tuple(lanes)
         self.waited: list[tuple[float, float]] = []
         self.sent_bytes = 0
@@ -53,7 +55,8 @@ class TorchChannel:
         """What the rank is doing, for error messages; the engine keeps it up to date."""
         self.is_waiting = False
         """Whether the rank is blocked in a transfer just now."""
-        self._grouped = bool(lanes) and dist.get_backend(lanes[0]) == dist.Backend.NCCL
+        # A group may have a backend for each kind of device: what counts is the one that moves this rank's tensors.
+        self._grouped = bool(lanes) and lanes[0]._get_backend(device).name() == "nccl"  # type: ignore[attr-defined]
         self.can_ask = not self._grouped
         self._questions: queue.SimpleQueue[Ticket | None] | None = None
 

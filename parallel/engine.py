@@ -46,6 +46,9 @@ class Engine:
         check_router(model)
         self.model, self.world = model, world
         self.head = output_head(model)
+        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        self.vocabulary: int | None = getattr(embeddings, "num_embeddings", None)
+        """Token ids that the model knows; None: not checked."""
         self.activations: Activations | None = None
         """What becomes of saved activations; None keeps them all."""
         if world.assumptions is None:
@@ -89,15 +92,19 @@ class Engine:
     def evaluate(
         self, documents: Documents, *, capacity: int, planner: str = "auto", tokens_per_step: int = 0
     ) -> float:
-        """Mean loss over the label tokens of ``documents``, spread over all ranks. nan if they have none."""
+        """Mean loss over the label tokens of ``documents``, spread over all ranks. nan if they have none.
+
+        Raises as :class:`~hdp.parallel.loader.Loader` does.
+        """
         tokens_per_step = tokens_per_step or 4 * capacity * self.world.world_size
         options = {"tokens_per_step": tokens_per_step, "capacity": capacity, "planner": planner, "regime": self.regime}
+        loader = Loader(documents, self.world, seed=None, **options)
         was_training = self.model.training
         self.model.eval()
         total, weight = 0.0, 0.0
         try:
             with self.world.guard.watch("evaluation"):
-                for batch in Loader(documents, self.world, seed=None, **options):
+                for batch in loader:
                     total += self._evaluate_batch(batch)
                     weight += batch.loss_weight
         finally:
@@ -107,7 +114,10 @@ class Engine:
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clips gradients by their global norm, over all ranks' shards; returns the norm before clipping."""
         grads = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = global_norm(grads).to(self.world.device)
+        if not max_norm > 0:
+            raise ValueError(f"max_norm is {max_norm}: gradients are clipped to a positive norm")
+        with self.world.guard.watch("clipping gradients"):
+            norm = global_norm(grads).to(self.world.device)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:
             local = grad.to_local() if isinstance(grad, DTensor) else grad
@@ -202,6 +212,8 @@ class Engine:
         """Summed loss of this rank's part of the micro-batch."""
         from hdp.attention.huggingface import planned_mask
 
+        self._check_ids(inputs)
+
         with loss_instead_of_logits(self.head, inputs.labels, inputs.weights):
             output = self._module()(
                 input_ids=inputs.input_ids.unsqueeze(0),
@@ -211,6 +223,16 @@ class Engine:
                 hdp_route=inputs.route,
             )
         return output.logits if hasattr(output, "logits") else output[0]
+
+    def _check_ids(self, inputs: MicroBatchInputs) -> None:
+        if self.vocabulary is None:
+            return
+        low, high = (int(n) for n in inputs.input_ids.aminmax())
+        if low < 0 or high >= self.vocabulary:
+            raise ValueError(
+                f"token id {low if low < 0 else high} in sequences {inputs.sequences} is outside the model's"
+                f" vocabulary of {self.vocabulary}: the documents were made with another tokenizer"
+            )
 
     def _module(self) -> nn.Module:
         """What is called: the model, or the wrapper whose forward it must go through."""
@@ -222,6 +244,8 @@ class Engine:
     # ------------------------------------------------------------ errors
 
     def _check_batch(self, batch: PlannedBatch) -> None:
+        if not isinstance(batch, PlannedBatch):
+            raise ValueError(f"forward_backward takes a batch of hdp.Loader, not {type(batch).__name__}")
         if batch.plan.world_size != self.world.world_size:
             raise ValueError(
                 f"the batch was planned for {batch.plan.world_size} ranks, the world has {self.world.world_size}"
@@ -304,8 +328,12 @@ def loss_instead_of_logits(head: nn.Module, labels: Tensor, weights: Tensor | No
     def forward(hidden: Tensor) -> Tensor:
         return loss_sum(hidden.flatten(0, -2), head.weight, head.bias, labels, weights)
 
+    before = head.__dict__.get("forward")  # a hook of somebody else's may sit on the instance
     head.forward = forward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        del head.forward
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before  # type: ignore[method-assign]

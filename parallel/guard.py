@@ -51,16 +51,18 @@ class Sign:
 class Guard:
     """This rank's sign of life, and a reader of the others'. Stops with :meth:`stop`."""
 
-    def __init__(self, rank: int, world_size: int, channel: TorchChannel) -> None:
+    def __init__(self, rank: int, world_size: int, channel: TorchChannel, generation: int = 0) -> None:
         self.rank, self.world_size, self.channel = rank, world_size, channel
         self.beat_seconds = max(BEAT_SECONDS, 4 * world_size / WRITES_PER_SECOND)
         self._is_searching = False
         self._has_failed = False
+        self._own_words: list[int] = []
+        """Numbers of the words that this rank left of its own failures."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._signals = _TermNotice(self._tell_place) if _is_main_thread() else None
         if world_size > 1:
-            self._store = dist.PrefixStore("hdp/life", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+            self._store = dist.PrefixStore(f"hdp/life/{generation}", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
             self._write(0)
             self._thread = threading.Thread(target=self._beat, name="hdp-guard", daemon=True)
             self._thread.start()
@@ -77,6 +79,7 @@ class Guard:
             PeerError: in place of an error of communication; names the rank that caused it.
         """
         self.enter(where)
+        self._retract()
         try:
             yield
         except Exception as error:
@@ -107,7 +110,15 @@ class Guard:
         self._has_failed = True
         if self.world_size > 1 and isinstance(error, Exception) and not isinstance(error, PeerError):
             with contextlib.suppress(RuntimeError):  # the store is gone, and with it those who could read this
-                self._leave_word(self.rank, f"rank {self.rank} failed: {type(error).__name__}: {first_line(error)}")
+                text = f"rank {self.rank} failed: {type(error).__name__}: {first_line(error)}"
+                self._own_words.append(self._leave_word(self.rank, text))
+
+    def _retract(self) -> None:
+        """A rank that begins new work has outlived what it reported: nobody is to be told of it any more."""
+        for number in self._own_words:
+            self._store.delete_key(f"word/{number}")
+        self._own_words.clear()
+        self._has_failed = False
 
     def explain(self, error: BaseException) -> PeerError:
         """An error that names the ranks that failed, died or fell silent, if any did; else one that repeats ``error``."""
@@ -150,10 +161,11 @@ class Guard:
             self._leave_word(rank, f"rank {rank} {what}")
         return self._words()
 
-    def _leave_word(self, rank: int, text: str) -> None:
-        """Notes the cause of a failure, the fault of ``rank``."""
+    def _leave_word(self, rank: int, text: str) -> int:
+        """Notes the cause of a failure, the fault of ``rank``; returns the word's number."""
         number = self._store.add("words", 1)
         self._store.set(f"word/{number}", json.dumps([rank, text[:500]]))
+        return int(number)
 
     def _words(self) -> list[str]:
         """Causes that were noted, the first of each rank."""

@@ -71,6 +71,8 @@ class Loader:
             raise PlanError(f"capacity is {capacity}: a rank must hold at least one token of a micro-batch")
         if tokens_per_step < 1:
             raise ValueError(f"tokens_per_step is {tokens_per_step}: a step needs at least one token")
+        if steps is not None and not 0 <= start < steps:
+            raise ValueError(f"steps is {steps} and start is {start}: there must be a step to run, 0 <= start < steps")
         if reduction not in REDUCTIONS:
             raise ValueError(f"unknown reduction {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
         self.documents, self.world, self.reduction = documents, world, reduction
@@ -144,7 +146,10 @@ class Loader:
         known = self.world.assumptions
         if planner and known is not None and not {"cost", "topology"} & options.keys():
             options |= {"cost": known.cost, "topology": known.topology}
-        return make(lengths, world_size=self.world.world_size, capacity=self.capacity, **planner, **options)
+        plan = make(lengths, world_size=self.world.world_size, capacity=self.capacity, **planner, **options)
+        if not planner:  # the user's own
+            plan.validate()
+        return plan
 
     def _agree(self, step: int, indices: tuple[int, ...], plan: Plan) -> PlannedBatch:
         return agree(self.world, step, self.documents, indices, plan, self.reduction, self._run)

@@ -33,7 +33,7 @@ REPEATS = 3
 MESSAGES = (1 << 16, 1 << 20, 1 << 22)
 """Bytes of the messages that links are measured with."""
 PIECE = 1 << 20  # larger messages travel in pieces, as in training
-BUDGET = 75.0
+BUDGET = 60.0
 LEAST_LENGTHS = 4
 """Lengths that are measured even if they take longer than the budget: three terms are fitted."""
 GROWTH = 3.0
@@ -167,17 +167,20 @@ def _measure(
     """Single documents of growing length, and packs of short ones, which tell linear from quadratic time."""
     growing = lengths or tuple(128 << k for k in range(12))
     samples: list[Sample] = []
-    spent, last = 0.0, 0.0
+    begin = time.perf_counter()
+
+    def spent() -> float:
+        return _together(world, [time.perf_counter() - begin])[0]
+
     for length in growing:
-        enough = len(samples) >= LEAST_LENGTHS
-        if not lengths and enough and spent + GROWTH * last * (REPEATS + 1) > budget * 2 / 3:
-            break
+        if not lengths and len(samples) >= LEAST_LENGTHS:
+            # This length, and two packs of as many tokens after it.
+            if spent() + 3 * GROWTH * samples[-1].seconds * (REPEATS + 1) > budget:
+                break
         samples.append(_sample(engine, shape, world, length, 1))
-        last = samples[-1].seconds
-        spent += last * (REPEATS + 1)
     longest = max(s.length for s in samples)
     for count in (4, 16):
-        if longest // count >= min(growing):
+        if longest // count >= min(growing) and (lengths or spent() < budget):
             samples.append(_sample(engine, shape, world, longest // count, count))
     return tuple(samples)
 

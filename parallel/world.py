@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,9 +80,9 @@ def init(
         raise ValueError(f"timeout is {timeout} s: give the seconds after which a silent rank counts as lost")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     place = _device(device, local_rank)
-    owns = not dist.is_initialized()
+    owns, generation = not dist.is_initialized(), next(_GENERATIONS)
     if owns:
-        _join(place, timeout)
+        _join(place, timeout, generation)
     total = dist.get_world_size()
     if tensor_parallel < 1 or total % tensor_parallel:
         raise ValueError(f"tensor_parallel is {tensor_parallel}: it must divide the {total} ranks of the job")
@@ -89,7 +90,7 @@ def init(
     control, lanes = _groups(tensor_parallel, timedelta(seconds=timeout))
     for lane in lanes:  # connects all peers now, not in the middle of the first step
         dist.all_reduce(torch.zeros(1, device=place), group=lane)
-    channel = TorchChannel(rank, lanes)
+    channel = TorchChannel(rank, lanes, place)
     _register_transformers()
     return World(
         rank=rank,
@@ -100,7 +101,7 @@ def init(
         channel=channel,
         control=control,
         runtime=AttentionRuntime(rank, channel, place, backend),
-        guard=Guard(dist.get_rank(), total, channel),
+        guard=Guard(dist.get_rank(), total, channel, generation),
         owns_process_group=owns,
         mesh=_mesh(place, world_size, tensor_parallel),
     )
@@ -135,13 +136,20 @@ def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _join(device: torch.device, timeout: float) -> None:
+_GENERATIONS = itertools.count()
+"""Counts the calls of :func:`init` in this process, the same on every rank: each job gets keys of its own in a store that may
+outlive it (torchrun's)."""
+
+
+def _join(device: torch.device, timeout: float, generation: int) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     limit = timedelta(seconds=timeout)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend, timeout=limit)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+        store = dist.PrefixStore(f"hdp/job/{generation}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=limit)
 
@@ -152,5 +160,6 @@ def _register_transformers() -> None:
         from hdp.attention.huggingface import register
 
         register()
-    except ImportError:
-        return
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "transformers":
+            raise
