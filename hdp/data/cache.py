@@ -20,15 +20,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hdp.data.problems import DataError, Skipped
-from hdp.data.sources import RawDocument, Source
+from hdp.data.rows import LARGEST, RawDocument
+from hdp.data.sources import Source
 from hdp.data.tokenizers import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
+CHUNK = 1 << 22  # tokens
 IntArray = NDArray[np.int64]
 
 
@@ -62,23 +65,23 @@ def default_cache() -> Path:
 def tokenise(source: Source, tokenizer: Tokenizer, cache: Path) -> TokenFile:
     """The tokens of ``source``, from ``cache`` where they are there already.
 
-    Raises :class:`DataError` when the source holds no token, or when the cache cannot be written.
+    Raises :class:`DataError` when the source holds no token, cannot be read, or when the cache cannot be written.
     """
     key = hashlib.sha256(repr((FORMAT, source.name, source.fingerprint(), tokenizer.identity)).encode()).hexdigest()[
         :24
     ]
     folder = cache / key
-    if not (folder / "meta.json").exists():
-        try:
+    try:
+        if not (folder / "meta.json").exists():
             cache.mkdir(parents=True, exist_ok=True)
             with _turn(cache / f"{key}.lock"):
                 if not (folder / "meta.json").exists():
                     _build(source, tokenizer, folder)
-        except PermissionError as error:
-            raise DataError(
-                f"the token cache {cache} cannot be written ({error}): set HDP_CACHE to a folder that can"
-            ) from error
-    return _open(folder)
+        return _open(folder)
+    except OSError as error:
+        raise DataError(
+            f"the token cache {cache} cannot be used ({error}): set HDP_CACHE to a folder that can be written and has room"
+        ) from error
 
 
 @contextmanager
@@ -100,22 +103,25 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
 def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     skipped, largest, any_labels = Skipped(), -1, False
     lengths: list[int] = []
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    dtype: type[np.uint16 | np.uint32] = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     began, told = time.monotonic(), time.monotonic()
-    with (folder / "tokens.bin").open("wb") as tokens, (folder / "labels.bin").open("wb") as labels:
-        for document in source.documents(skipped):
+    with (folder / "tokens.bin").open("w+b") as tokens, (folder / "labels.bin").open("wb") as labels:
+        for document in _reading(source, skipped):
             ids = _ids(document, tokenizer)
             if len(ids) == 0:
                 skipped.add("empty", document.name)
                 continue
-            if ids.min() < 0 or ids.max() > np.iinfo(dtype).max:
-                raise DataError(f"{document.name} of {source.name} holds ids outside 0..{np.iinfo(dtype).max}")
+            if ids.min() < 0 or ids.max() > LARGEST:
+                raise DataError(f"{document.name} of {source.name}: the tokenizer gives ids outside 0..{LARGEST}")
+            if dtype is np.uint16 and ids.max() > np.iinfo(dtype).max:  # ids that came ready
+                _widen(tokens)
+                dtype = np.uint32
             if any_labels != (document.labels is not None) and lengths:
                 raise DataError(f"{document.name} of {source.name}: either all documents have labels or none")
             any_labels = document.labels is not None
             tokens.write(ids.astype(dtype).tobytes())
             if document.labels is not None:
-                labels.write(np.asarray(document.labels, dtype=np.int32).tobytes())
+                labels.write(document.labels.astype(np.int32).tobytes())
             lengths.append(len(ids))
             largest = max(largest, int(ids.max()))
             if time.monotonic() - told > 10:
@@ -135,9 +141,28 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "meta.json").write_text(json.dumps(meta, indent=1))
 
 
+def _reading(source: Source, skipped: Skipped) -> Iterator[RawDocument]:
+    """The documents of ``source``, whose disk errors are not those of the cache."""
+    try:
+        yield from source.documents(skipped)
+    except OSError as error:
+        raise DataError(f"{source.name} cannot be read: {error}") from error
+
+
+def _widen(tokens: BinaryIO) -> None:
+    """Turns what is written so far from 2 into 4 bytes a token, in place: from the end, where nothing unread is in the way."""
+    for stop in range(tokens.tell() // 2, 0, -CHUNK):
+        start = max(0, stop - CHUNK)
+        tokens.seek(2 * start)
+        part = np.frombuffer(tokens.read(2 * (stop - start)), dtype=np.uint16)
+        tokens.seek(4 * start)
+        tokens.write(part.astype(np.uint32).tobytes())
+    tokens.seek(0, os.SEEK_END)
+
+
 def _ids(document: RawDocument, tokenizer: Tokenizer) -> IntArray:
-    if document.text is None:
-        return np.asarray(document.ids, dtype=np.int64)
+    if document.ids is not None:
+        return document.ids
     # An end-of-document mark alone is not a document.
     return tokenizer.encode(document.text) if document.text else np.empty(0, dtype=np.int64)
 

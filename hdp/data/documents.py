@@ -107,9 +107,10 @@ def open_documents(
     """Opens a corpus, tokenising it on first use.
 
     ``path``: a folder of text files, a ``.jsonl`` file, a Hugging Face dataset on disk, or None for the ``.py`` files of
-    the running Python's standard library. ``tokenizer``: see :func:`hdp.data.load_tokenizer`; rows that already hold
-    ``input_ids`` are used as they are. ``max_length``: longer documents are cut into pieces of at most so many tokens.
-    ``cache``: where token files are kept, by default ``$HDP_CACHE`` or ``~/.cache/hdp``.
+    the running Python's standard library. ``tokenizer``: see :func:`hdp.data.load_tokenizer`; rows that hold ``input_ids``
+    (and perhaps ``labels``, one a token, 0 or more, or -100) are used as they are, whatever text is beside them.
+    ``max_length``: longer documents are cut into pieces of at most so many tokens. ``cache``: where token files are kept,
+    by default ``$HDP_CACHE`` or ``~/.cache/hdp``.
 
     Warns (:class:`hdp.data.DataWarning`, rank 0 only) about everything that was left out or cut, every time.
     Raises :class:`hdp.data.DataError` when nothing usable is left.

@@ -8,30 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from hdp.data.problems import DataError, Skipped
-
-IDS = "input_ids"
-LABELS = "labels"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RawDocument:
-    """One document as a source has it: text, or token ids."""
-
-    name: str
-    """Where it is from, for messages: a path, or ``line 17``."""
-    text: str | None = None
-    """UTF-8 text; None when it came tokenised."""
-    ids: Sequence[int] | None = None
-    """Token ids; None when it came as text."""
-    labels: Sequence[int] | None = None
-    """One a token, not shifted, -100 where nothing is to be learnt; None: learn every token."""
+from hdp.data.rows import IDS, RawDocument, from_row
 
 
 class Source(Protocol):
@@ -56,19 +41,19 @@ class Files:
     """Folder names that are not entered."""
 
     def paths(self) -> list[Path]:
-        found = []
-        for folder, inner, files in os.walk(self.root):
-            inner[:] = [name for name in inner if not name.startswith(".") and name not in self.without]
-            found += [Path(folder, f) for f in files if not f.startswith(".") and f.endswith(self.suffix)]
-        return sorted(found, key=lambda path: path.relative_to(self.root).parts)
+        """Regular files and links to such."""
+        return [path for path, found in self._entries() if isinstance(found, os.stat_result)]
 
     def fingerprint(self) -> str:
-        stats = [(path.relative_to(self.root).as_posix(), path.stat()) for path in self.paths()]
-        return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        entries = [(path.relative_to(self.root).as_posix(), found) for path, found in self._entries()]
+        return repr([(name, f if isinstance(f, str) else (f.st_size, f.st_mtime_ns)) for name, f in entries])
 
     def documents(self, skipped: Skipped) -> Iterator[RawDocument]:
-        for path in self.paths():
+        for path, found in self._entries():
             name = path.relative_to(self.root).as_posix()
+            if isinstance(found, str):
+                skipped.add(found, name)
+                continue
             try:
                 text = path.read_bytes().decode("utf-8")
             except UnicodeDecodeError:
@@ -78,10 +63,33 @@ class Files:
             else:
                 yield RawDocument(name=name, text=text)
 
+    def _entries(self) -> list[tuple[Path, os.stat_result | str]]:
+        """What is there, in order, each with its size and time, or with the reason why it cannot be read."""
+        entries: list[tuple[Path, os.stat_result | str]] = []
+
+        def unreadable(error: OSError) -> None:
+            entries.append((Path(error.filename), f"not readable: {error.strerror}"))
+
+        for folder, inner, files in os.walk(self.root, onerror=unreadable):
+            inner[:] = [name for name in inner if not name.startswith(".") and name not in self.without]
+            for file in files:
+                if not file.startswith(".") and file.endswith(self.suffix):
+                    entries.append((Path(folder, file), _look(Path(folder, file))))
+        return sorted(entries, key=lambda entry: entry[0].relative_to(self.root).parts)
+
+
+def _look(path: Path) -> os.stat_result | str:
+    """Size and time of a regular file. Reading a pipe would wait for ever, so nothing else is opened."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        return "broken link" if path.is_symlink() else f"not readable: {error.strerror}"
+    return found if stat.S_ISREG(found.st_mode) else "not a regular file"
+
 
 @dataclass(frozen=True, kw_only=True)
 class JsonLines:
-    """One JSON object a line, with text in ``text_column`` or token ids in ``input_ids`` (and ``labels``)."""
+    """One JSON object a line, with token ids in ``input_ids`` (and ``labels``), else text in ``text_column``."""
 
     path: Path
     text_column: str
@@ -91,10 +99,11 @@ class JsonLines:
         return str(self.path)
 
     def fingerprint(self) -> str:
-        stat = self.path.stat()
-        return repr((stat.st_size, stat.st_mtime_ns, self.text_column))
+        found = self.path.stat()
+        return repr((found.st_size, found.st_mtime_ns, self.text_column))
 
     def documents(self, skipped: Skipped) -> Iterator[RawDocument]:
+        options = {"source": self.name, "text_column": self.text_column}
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 name = f"line {number}"
@@ -107,7 +116,7 @@ class JsonLines:
                 except json.JSONDecodeError:
                     skipped.add("not JSON", name)
                 else:
-                    document = _from_row(row, name, self.text_column) if isinstance(row, dict) else None
+                    document = from_row(row, **options, name=name) if isinstance(row, dict) else None
                     if document is None:
                         skipped.add(f"without text in {self.text_column!r}", name)
                     else:
@@ -144,23 +153,11 @@ class HuggingFaceDataset:
                 f"name its text column, one of {sorted(dataset.column_names)}"
             )
         for number, row in enumerate(dataset):
-            document = _from_row(row, f"row {number}", self.text_column)
+            document = from_row(row, name=f"row {number}", source=self.name, text_column=self.text_column)
             if document is None:
                 skipped.add(f"without text in {self.text_column!r}", f"row {number}")
             else:
                 yield document
-
-
-def _from_row(row: dict[str, Any], name: str, text_column: str) -> RawDocument | None:
-    text = row.get(text_column)
-    if isinstance(text, str):
-        return RawDocument(name=name, text=text)
-    ids, labels = row.get(IDS), row.get(LABELS)
-    if ids is None:
-        return None
-    if labels is not None and len(labels) != len(ids):
-        raise DataError(f"{name} has {len(ids)} {IDS} but {len(labels)} {LABELS}: there must be one label a token")
-    return RawDocument(name=name, ids=ids, labels=labels)
 
 
 def standard_library() -> Files:
@@ -183,6 +180,6 @@ def find_source(path: str | Path | None, text_column: str = "text") -> Source:
         if (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             return HuggingFaceDataset(path=path, text_column=text_column)
         return Files(root=path, name=str(path))
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" and path.is_file():
         return JsonLines(path=path, text_column=text_column)
     raise DataError(f"cannot read {path}: give a folder of text files, a .jsonl file or a Hugging Face dataset on disk")

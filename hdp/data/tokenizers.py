@@ -52,11 +52,10 @@ class TransformersTokenizer:
         self.vocab_size = len(tokenizer)
         self.end_of_document: int | None = tokenizer.eos_token_id
         self.identity = _identity(tokenizer)
-        # Long documents are the point here: the warning about the model's context says nothing.
-        tokenizer.model_max_length = int(1e30)
 
     def encode(self, text: str) -> IntArray:
-        ids = list(self.tokenizer(text)["input_ids"])
+        # Long documents are the point here: the warning about the model's context says nothing.
+        ids = list(self.tokenizer(text, verbose=False)["input_ids"])
         if self.end_of_document is not None and (not ids or ids[-1] != self.end_of_document):
             ids.append(self.end_of_document)
         return np.asarray(ids, dtype=np.int64)

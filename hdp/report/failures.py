@@ -98,11 +98,11 @@ def _is_users(error: Exception) -> bool:
 
 def _is_ours(file: Path) -> bool:
     """In an editable install the parts of ``hdp`` lie beside it (``parallel/``, ``balance/``, ...)."""
-    folders = [
-        Path(module.__file__).resolve().parent
-        for name, module in list(sys.modules.items())
-        if name.startswith("hdp.") and getattr(module, "__file__", None)
-    ]
+    folders = set()
+    for name, module in list(sys.modules.items()):
+        place = getattr(module, "__file__", None)
+        if name.startswith("hdp.") and place:
+            folders.add(Path(place).resolve().parent)
     return file.parent in folders
 
 

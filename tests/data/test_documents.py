@@ -2,7 +2,9 @@
 
 import json
 import multiprocessing
+import os
 import pickle
+import resource
 import warnings
 from pathlib import Path
 
@@ -55,14 +57,75 @@ def test_jsonl_and_a_dataset_on_disk_give_the_same_documents(tmp_path, cache):
 
 
 def test_rows_that_are_tokenised_already_keep_their_ids_and_labels(tmp_path, cache):
-    rows = [{"input_ids": [5, 6, 70000], "labels": [-100, 6, 7]}, {"input_ids": [1], "labels": [1]}]
-    with pytest.raises(DataError, match="outside 0"):  # 70000 is more than two bytes hold
-        open_documents(write_lines(tmp_path / "wide.jsonl", rows), cache=cache)
-    rows[0]["input_ids"] = [5, 6, 700]
+    rows = [{"input_ids": [5, 6, 700], "labels": [-100, 6, 7]}, {"input_ids": [1], "labels": [1]}]
     documents = open_documents(write_lines(tmp_path / "rows.jsonl", rows), cache=cache)
     first = documents[0]
     assert first["input_ids"].tolist() == [5, 6, 700] and first["labels"].tolist() == [-100, 6, 7]
     assert documents.vocab_size == 701
+
+
+def test_ids_win_over_text_in_the_same_row(tmp_path, cache):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": "abc", "input_ids": [5, 6], "labels": [-100, 6]}, {"text": "d", "input_ids": [7], "labels": [7]}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "data"))
+    for path in (write_lines(tmp_path / "rows.jsonl", rows), tmp_path / "data"):
+        documents = open_documents(path, cache=cache)
+        assert [documents[i]["input_ids"].tolist() for i in range(2)] == [[5, 6], [7]]
+        assert documents[0]["labels"].tolist() == [-100, 6]
+
+
+@pytest.mark.parametrize("format_", ["numpy", "torch"])
+def test_ids_of_a_formatted_dataset(tmp_path, cache, format_):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [7], "labels": [7]}]
+    datasets.Dataset.from_list(rows).with_format(format_).save_to_disk(str(tmp_path / "data"))
+    documents = open_documents(tmp_path / "data", cache=cache)
+    assert [documents[i]["input_ids"].tolist() for i in range(2)] == [[5, 6], [7]]
+
+
+@pytest.mark.parametrize("chunk", [2, 1 << 20])
+def test_ids_of_large_vocabularies_are_kept_whatever_came_before(tmp_path, cache, monkeypatch, chunk):
+    monkeypatch.setattr("hdp.data.cache.CHUNK", chunk)
+    rows = [{"text": "before"}, {"input_ids": [5, 65535]}, {"input_ids": [70000, 2**31 - 1, 1]}, {"text": "after"}]
+    documents = open_documents(write_lines(tmp_path / "rows.jsonl", rows), cache=cache)
+    got = [documents[i].tolist() for i in range(4)]
+    assert got == [[*b"before", 256], [5, 65535], [70000, 2**31 - 1, 1], [*b"after", 256]]
+    assert documents.vocab_size == 2**31
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"input_ids": [[1, 2], [3, 4]]}, r"line 2: input_ids is \[\[1, 2\], \[3, 4\]\]: it must be one flat list"),
+        ({"input_ids": [[1], [3, 4]]}, r"line 2: input_ids is \[\[1\], \[3, 4\]\]: it must be one flat list"),
+        ({"input_ids": 5}, "line 2: input_ids is 5: it must be one flat list"),
+        ({"input_ids": "5 6"}, "line 2: input_ids is '5 6': it must be one flat list"),
+        ({"input_ids": {"a": 1}}, "line 2: input_ids is {'a': 1}: it must be one flat list"),
+        ({"input_ids": [1, 2.7]}, r"line 2: input_ids has 2\.7 at position 1: all must be integers"),
+        ({"input_ids": [1, "2"]}, "line 2: input_ids has '2' at position 1: all must be integers"),
+        ({"input_ids": [1, None]}, "line 2: input_ids has None at position 1: all must be integers"),
+        ({"input_ids": [True, False]}, "line 2: input_ids has True at position 0: all must be integers"),
+        ({"input_ids": [1, -2]}, r"line 2: input_ids has -2 at position 1: it must be in 0\.\."),
+        ({"input_ids": [1, 2**31]}, r"line 2: input_ids has 2147483648 at position 1: it must be in 0\.\."),
+        ({"input_ids": [1, 2**63]}, "line 2: input_ids has 9223372036854775808 at position 1"),
+        ({"input_ids": [1, 2**70]}, "line 2: input_ids has 1180591620717411303424 at position 1"),
+        ({"input_ids": [1, 2], "labels": [1.5, -7]}, r"line 2: labels has 1\.5 at position 0: all must be integers"),
+        ({"input_ids": [1, 2], "labels": [1, -7]}, r"line 2: labels has -7 at position 1: it must be in .* or -100"),
+        ({"input_ids": [1, 2], "labels": [[1, 2]]}, r"line 2: labels is \[\[1, 2\]\]: it must be one flat list"),
+        ({"text": "ab", "labels": [1, 2]}, "line 2 has 'text' and labels but no input_ids"),
+    ],
+)
+def test_ids_and_labels_that_are_not_integers_are_refused_and_never_converted(tmp_path, cache, row, message):
+    path = write_lines(tmp_path / "rows.jsonl", [{"input_ids": [1], "labels": [1]}, row])
+    with pytest.raises(DataError, match=message) as caught:
+        open_documents(path, cache=cache)
+    assert str(path) in str(caught.value)
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+
+
+def test_a_class_beside_a_text_is_no_label_of_tokens(tmp_path, cache):
+    rows = [{"text": "good", "labels": 1}]
+    assert texts_of(open_documents(write_lines(tmp_path / "rows.jsonl", rows), cache=cache)) == ["good"]
 
 
 def test_labels_that_do_not_fit_are_refused(tmp_path, cache):
@@ -92,6 +155,53 @@ def test_what_is_left_out_is_named_and_counted_also_from_the_cache(tmp_path, cac
     for _ in range(2):
         with pytest.warns(DataWarning, match=r"2 not UTF-8 text \(broken.txt, latin.txt\), 1 empty \(empty.txt\)"):
             assert len(open_documents(folder, cache=cache)) == 3
+
+
+def test_only_regular_files_are_read_and_the_rest_is_counted(tmp_path, cache):
+    folder = write_folder(tmp_path / "text", TEXTS)
+    (folder / "gone.txt").symlink_to(folder / "nowhere")
+    (folder / "loop.txt").symlink_to(folder / "loop.txt")
+    (folder / "linked.txt").symlink_to(folder / "a.txt")
+    os.mkfifo(folder / "pipe.txt")
+    with pytest.warns(DataWarning, match=r"2 broken link \(gone.txt, loop.txt\), 1 not a regular file \(pipe.txt\)"):
+        documents = open_documents(folder, cache=cache)
+    assert texts_of(documents) == [*TEXTS.values(), "first"]
+    (folder / "nowhere").write_text("there now")  # a link that leads somewhere again is a document
+    with pytest.warns(DataWarning, match=r"left out 1 broken link \(loop.txt\)"):
+        assert "there now" in texts_of(open_documents(folder, cache=cache))
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"cannot read .*pipe\.jsonl"):
+        open_documents(tmp_path / "pipe.jsonl", cache=cache)
+
+
+def test_a_cache_that_cannot_be_written_is_one_error(tmp_path, cache):
+    folder = write_folder(tmp_path / "text", {"a.txt": "x" * 100_000})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"the token cache .*/file/cache cannot be used .*Not a directory.*HDP_CACHE"):
+        open_documents(folder, cache=tmp_path / "file" / "cache")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # a write fails half way, as on a full disk
+    try:
+        with pytest.raises(DataError, match=r"the token cache .* cannot be used .*File too large.*HDP_CACHE"):
+            open_documents(folder, cache=cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not [entry for entry in cache.iterdir() if entry.is_dir()]
+    assert len(open_documents(folder, cache=cache)) == 1
+
+
+def test_a_source_that_fails_is_not_blamed_on_the_cache(tmp_path, cache, monkeypatch):
+    path = write_lines(tmp_path / "rows.jsonl", [{"text": "a"}])
+    opened = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"rows\.jsonl cannot be read: .*Permission denied"):
+        open_documents(path, cache=cache)
 
 
 def test_bad_lines_of_jsonl_are_named(tmp_path, cache):
@@ -227,11 +337,13 @@ def test_a_tokenizer_of_transformers_ends_each_document(tmp_path, cache):
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
     made.save_pretrained(tmp_path / "tokenizer")
+    made.model_max_length = 3
     folder = write_folder(tmp_path / "text", {"a.txt": "to be", "b.txt": "or not to be"})
     for tokenizer in (tmp_path / "tokenizer", made):
         documents = open_documents(folder, tokenizer=tokenizer, cache=cache)
         assert [documents[i].tolist() for i in range(2)] == [[2, 3, 1], [0, 0, 2, 3, 1]]
         assert documents.vocab_size == 4
+    assert made.model_max_length == 3  # the user's object stays as it was
 
 
 def test_the_standard_library_has_a_long_tail_and_nothing_installed():
