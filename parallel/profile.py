@@ -173,9 +173,10 @@ def _measure(
         return _together(world, [time.perf_counter() - begin])[0]
 
     for length in growing:
-        if not lengths and len(samples) >= LEAST_LENGTHS:
-            # This length, and two packs of as many tokens after it.
-            if spent() + 3 * GROWTH * samples[-1].seconds * (REPEATS + 1) > budget:
+        # This length, and two packs of as many tokens after it.
+        if len(samples) >= LEAST_LENGTHS and not lengths:
+            ahead = 3 * GROWTH * samples[-1].seconds * (REPEATS + 1)
+            if spent() + ahead > budget:
                 break
         samples.append(_sample(engine, shape, world, length, 1))
     longest = max(s.length for s in samples)

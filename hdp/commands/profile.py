@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lengths", help="tokens to measure, such as 512,1024,4096; default: growing within the budget"
     )
-    parser.add_argument("--budget", type=float, default=75.0, help="seconds for the model's runs; default: 75")
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds for the model's runs; default: 60")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument(
         "--device", choices=list(DEVICES), help="compare with this device's table; default: cpu, or h100-sxm"
