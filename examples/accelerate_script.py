@@ -24,7 +24,7 @@ from hdp.parallel.adapters import save_pretrained
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = hdp.report.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of text files, .jsonl file or Hugging Face dataset on disk")
     parser.add_argument("--model", help="folder or .gguf file; default: a small Llama, untrained")
     parser.add_argument(

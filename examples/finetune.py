@@ -25,7 +25,7 @@ import hdp.report
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = hdp.report.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data", help="folder of text files, .jsonl file or Hugging Face dataset on disk; default: Python's own"
@@ -111,10 +111,6 @@ def main(argv: list[str] | None = None) -> None:
     documents = hdp.data.open_documents(
         args.data, tokenizer=args.tokenizer, text_column=args.text_column, max_length=args.max_length
     )
-    # A capacity or planner that cannot work is an error now, not at the step that draws the longest document.
-    longest = [int(documents.lengths.max())]
-    hdp.make_plan(longest, world_size=world.world_size, capacity=args.capacity, planner=args.planner)
-
     train, held_out = documents.split(held_out=args.held_out, seed=args.seed)
     held_out = held_out.sample(tokens=args.held_out_tokens, seed=args.seed)
 

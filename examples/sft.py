@@ -36,7 +36,7 @@ class HdpSFTTrainer(HdpTrainerMixin, SFTTrainer):
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = hdp.report.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help=".jsonl file; default: functions of Python's standard library")
     parser.add_argument("--documents", type=int, default=2000, help="use so many at most (default: %(default)s)")
     parser.add_argument("--model", help="folder with model and tokenizer; default: a small Llama over bytes, untrained")

@@ -24,7 +24,7 @@ from hdp.parallel.adapters import HdpConfig, HdpTrainer
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = hdp.report.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="folder of text files, .jsonl file or Hugging Face dataset on disk")
     parser.add_argument(
         "--tokenizer", default="bytes", help="'bytes', a folder, or a .gguf file (default: %(default)s)"

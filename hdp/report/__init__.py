@@ -8,10 +8,11 @@
 
 Rank 0 writes and speaks; on other ranks every call returns at once. The folder then holds ``metrics.jsonl``,
 TensorBoard files, ``loss.png``, ``step.png`` (who computed what, and who waited), ``settings.json`` (all that reproduces
-the run) and ``summary.txt``.
+the run) and ``summary.txt``. :func:`launch` and :class:`ArgumentParser` say once what all ranks met.
 """
 
+from hdp.report.arguments import ArgumentParser
 from hdp.report.failures import launch
 from hdp.report.run import Run
 
-__all__ = ["Run", "launch"]
+__all__ = ["ArgumentParser", "Run", "launch"]

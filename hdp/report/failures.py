@@ -51,18 +51,18 @@ def _format_warning(
 def _tell(error: Exception) -> None:
     rank = int(os.environ.get("RANK", "0"))
     if _is_about_a_rank(error):
-        _record(f"error: {error}")
+        record(f"error: {error}")
         _say(f"error: {error}", error)
         return
     if not _is_users(error):
-        _record(f"{type(error).__name__}: {error}")
+        record(f"{type(error).__name__}: {error}")
         lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
         prefix = f"[rank {rank}] " if "RANK" in os.environ else ""
         print("\n".join(prefix + line for line in lines), file=sys.stderr)
         return
     if rank != 0:
-        _wait_for_the_end()
-    _record(f"error: {error}")
+        wait_for_the_end(1)
+    record(f"error: {error}")
     _say(f"[rank {rank}] error: {error}" if rank else f"error: {error}", error)
     if rank == 0 and os.environ.get("WORLD_SIZE", "1") != "1":
         time.sleep(GRACE)
@@ -106,14 +106,14 @@ def _is_ours(file: Path) -> bool:
     return file.parent in folders
 
 
-def _wait_for_the_end() -> None:
-    """Until the launcher ends this rank because rank 0 has failed, at most :data:`PATIENCE` seconds."""
-    _record("ended because rank 0 failed", later=1)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+def wait_for_the_end(code: int) -> None:
+    """Until the launcher ends this rank because rank 0 has failed, at most :data:`PATIENCE` seconds; ends it with ``code``."""
+    record("ended because rank 0 failed", later=1)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
     time.sleep(PATIENCE)
 
 
-def _record(message: str, *, later: int = 0) -> None:
+def record(message: str, *, later: int = 0) -> None:
     """Hands the message to torchrun, whose closing table shows the earliest one as the root cause.
 
     ``later``: seconds added to the time, for what only follows from another failure.

@@ -30,10 +30,11 @@ class World(Protocol):
 class Run:
     """Progress, metrics, pictures and summary of one run. Use it as a context manager.
 
-    ``folder``: where to write; when it exists already, ``folder-2``, ``folder-3``, ... (no run is overwritten). ``steps``:
-    how many there will be, None when that is not known. ``settings``: anything JSON holds that reproduces the run, beside
-    what is collected anyway. ``tensorboard``, ``figures``: False to leave them out. ``picture``: the step to draw, None for
-    the one whose groups differ most. Raises ImportError when something is asked for and not installed.
+    ``folder``: where to write; when it exists already, ``folder-2``, ``folder-3``, ... (no run is overwritten).
+    ``steps``: how many there will be, None when that is not known. ``settings``: anything JSON holds that reproduces
+    the run, beside what is collected anyway. ``tensorboard``, ``figures``: False to leave them out. ``picture``: the
+    step to draw, None for the one whose groups differ most; one that is never reached is said to be missing at the
+    end. Raises ImportError when something is asked for and not installed.
     """
 
     def __init__(
@@ -164,6 +165,10 @@ class Run:
         name = self.folder.name
         draw_loss(self.folder / "loss.png", steps=steps, losses=losses, evaluations=self.evaluations, title=name)
         if self._pictured is None:
+            self.say(
+                f"warning: step {self._picture}, which was to be drawn, was never reached: there is no step.png "
+                f"(the run had the steps {steps[0]} to {steps[-1]})"
+            )
             return
         batch, result = self._pictured
         step = Step(plan=batch.plan, spans=result.spans, seconds=result.seconds, title=title(batch, result))

@@ -119,6 +119,7 @@ MISTAKES = {
     "capacity 0": (None, ("--capacity", 0), ["capacity", "0"]),
     "unknown planner": (None, ("--planner", "best"), ["best", "naive"]),
     "document too long": (None, ("--capacity", 100), ["100"]),
+    "clip 0": (None, ("--clip", 0), ["max_norm is 0.0"]),
     "no model": (None, ("--model", "nowhere"), ["no model at"]),
     "no tokenizer": (None, ("--tokenizer", "nowhere"), ["no tokenizer at"]),
 }
@@ -137,6 +138,13 @@ def test_a_mistake_is_one_error_from_rank_0(start, tmp_path, mistake):
         assert "Traceback" not in output
     # A rank that was ended before it met the error itself may say where it stood, in one line.
     assert "error" not in outcome.outputs[1] and len(outcome.outputs[1].splitlines()) <= 1
+
+
+def test_arguments_that_do_not_exist_are_told_by_rank_0(start):
+    outcome = start("--stpes", 3)
+    assert not outcome.timed_out and outcome.codes == [2, 2]
+    assert outcome.outputs[0].splitlines()[-1].endswith("error: unrecognized arguments: --stpes 3")
+    assert outcome.outputs[1] == ""
 
 
 def test_what_is_skipped_is_said_once_and_training_goes_on(start, corpus):

@@ -95,3 +95,36 @@ def test_warnings_of_the_library_are_one_line(tmp_path):
     code, errors = run(tmp_path, body)
     assert code == 0 and errors.splitlines()[0] == "warning: left out 2"
     assert errors.splitlines()[1].endswith("UserWarning: of others")
+
+
+ARGUMENTS = "from hdp.report import ArgumentParser; ArgumentParser(prog='job').parse_args({})"
+
+
+def test_wrong_arguments_are_told_by_rank_0_alone(tmp_path):
+    record = tmp_path / "error.json"
+    body = ARGUMENTS.format(["--stpes", "3"])
+    code, errors = run(tmp_path, body, rank=0, TORCHELASTIC_ERROR_FILE=str(record))
+    assert code == 2 and errors.splitlines() == [
+        "usage: job [-h]", "job: error: unrecognized arguments: --stpes 3"
+    ]  # fmt: skip
+    assert json.loads(record.read_text())["message"]["message"] == "error: unrecognized arguments: --stpes 3"
+    assert run(tmp_path, body, rank=1) == (2, "")
+
+
+def test_another_rank_with_wrong_arguments_leaves_rank_0_time_to_speak(tmp_path):
+    body = "print('here', flush=True); " + ARGUMENTS.format(["--stpes", "3"])
+    process = start(tmp_path, body, rank=1, patience=60)
+    assert process.stdout.readline() == "here\n"
+    time.sleep(1.0)
+    assert process.poll() is None
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2 and errors == ""
+
+
+def test_help_is_printed_once(tmp_path):
+    for rank, printed in ((None, True), (0, True), (1, False)):
+        process = start(tmp_path, ARGUMENTS.format(["--help"]), rank=rank, patience=60)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 0 and errors == ""
+        assert ("usage: job" in output) == printed and bool(output) == printed

@@ -86,6 +86,17 @@ def test_the_pictured_step_can_be_read_and_drawn_again(tmp_path):
     assert (tmp_path / "both.png").stat().st_size > (run.folder / "step.png").stat().st_size
 
 
+def test_a_step_to_draw_that_is_never_reached_is_said(tmp_path, capsys):
+    run = run_a_few(tmp_path / "r", tensorboard=False, picture=99)
+    told = [line for line in capsys.readouterr().err.splitlines() if "99" in line]
+    assert told == [
+        "warning: step 99, which was to be drawn, was never reached: there is no step.png (the run had the steps 0 to 2)"
+    ]
+    assert (run.folder / "loss.png").exists() and not (run.folder / "step.png").exists()
+    run_a_few(tmp_path / "r", tensorboard=False, picture=2)
+    assert "never reached" not in capsys.readouterr().err
+
+
 def test_tensorboard_holds_the_same_numbers(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run_a_few(tmp_path / "r", figures=False)
