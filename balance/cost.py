@@ -151,7 +151,7 @@ def _ticks(seconds: FloatArray) -> IntArray:
     return np.rint(seconds / TICK).astype(np.int64)
 
 
-def ring_phase(attention: Any, ring: Any, latency: int, size: Any) -> Any:
+def ring_phase(attention: Any, ring: Any, latency: Any, size: Any) -> Any:
     """Ticks of one pass of ring attention on a group: ``size`` tiles, each but the last hiding the next hop.
 
     ``attention``: ticks of the whole sequence on one rank; ``ring``: ticks that all of it takes over one link. Integers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -96,7 +97,7 @@ def _timed(
     start = time.perf_counter()
     dones: list[Done] = []
     for slot in slots:
-        dones.append(stream.run(lambda slot=slot: copy(slot, flat, split), (copies.fence(),)))
+        dones.append(stream.run(partial(copy, slot, flat, split), (copies.fence(),)))
     for done in dones:
         done.wait()
     return time.perf_counter() - start

@@ -192,7 +192,7 @@ class FileTier(Tier):
         done = 0
         while done < len(data):
             try:
-                written = self.pwrite(memoryview(data)[done:], offset + done)
+                written = self.pwrite(memoryview(data)[done:], offset + done)  # type: ignore[arg-type]
             except OSError as error:
                 raise OffloadError(self._explain("write", len(data), offset, error)) from error
             if written <= 0 or (written % self._sector and done + written < len(data)):
@@ -206,7 +206,7 @@ class FileTier(Tier):
         done = 0
         while done < len(data):
             try:
-                got = self.pread(memoryview(data)[done:], offset + done)
+                got = self.pread(memoryview(data)[done:], offset + done)  # type: ignore[arg-type]
             except OSError as error:
                 raise OffloadError(self._explain("read", len(data), offset, error)) from error
             if got <= 0 or (got % self._sector and done + got < len(data)):

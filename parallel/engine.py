@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Engine:
         check_router(model)
         self.model, self.world = model, world
         self.head = output_head(model)
-        embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+        embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
         self.vocabulary: int | None = getattr(embeddings, "num_embeddings", None)
         """Token ids that the model knows; None: not checked."""
         self.activations: Activations | None = None
@@ -97,8 +98,15 @@ class Engine:
         Raises as :class:`~hdp.parallel.loader.Loader` does.
         """
         tokens_per_step = tokens_per_step or 4 * capacity * self.world.world_size
-        options = {"tokens_per_step": tokens_per_step, "capacity": capacity, "planner": planner, "regime": self.regime}
-        loader = Loader(documents, self.world, seed=None, **options)
+        loader = Loader(
+            documents,
+            self.world,
+            tokens_per_step=tokens_per_step,
+            capacity=capacity,
+            planner=planner,
+            seed=None,
+            regime=self.regime,
+        )
         was_training = self.model.training
         self.model.eval()
         total, weight = 0.0, 0.0
@@ -284,7 +292,7 @@ def check_attention(model: nn.Module) -> None:
 
 def check_router(model: nn.Module) -> None:
     """Raises ValueError if a mixture of experts asks for its auxiliary loss, which no micro-batch can compute alone."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "output_router_logits", False):
         raise ValueError(
@@ -296,7 +304,7 @@ def check_router(model: nn.Module) -> None:
 
 def output_head(model: nn.Module) -> nn.Linear:
     """The linear layer that makes logits. Raises ValueError if there is none that the fused loss can stand in for."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else getattr(model, "lm_head", None)
+    head: Any = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
     if head is None or not hasattr(head, "weight"):
         raise ValueError(
             f"{type(model).__name__} has no output head (get_output_embeddings() or lm_head) to compute a loss from"
@@ -319,7 +327,7 @@ def output_head(model: nn.Module) -> nn.Linear:
 
 
 @contextlib.contextmanager
-def loss_instead_of_logits(head: nn.Module, labels: Tensor, weights: Tensor | None) -> Iterator[None]:
+def loss_instead_of_logits(head: nn.Linear, labels: Tensor, weights: Tensor | None) -> Iterator[None]:
     """Inside, the head returns the summed loss in place of logits, which are then never whole in memory.
 
     It happens inside the head's own forward, so that whatever gathers its weight (FSDP, ZeRO-3) has done so.

@@ -83,7 +83,7 @@ class _TimedReduceScatter(DefaultReduceScatter):
         group: dist.ProcessGroup,
         op: Any,
         async_op: bool = False,
-    ) -> dist.Work | None:
+    ) -> dist.Work:
         start = time.perf_counter()
         work = super().__call__(output_tensor, input_tensor, group, op, async_op)
         self.waits.append((start, time.perf_counter()))
@@ -132,7 +132,7 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [m for m in model.modules() if type(m).__name__ in names]
     if not layers:
-        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        lists: list[nn.ModuleList] = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
         layers = list(max(lists, key=len)) if lists else []
     if not layers:
         raise ValueError(f"found no repeated layers in {type(model).__name__}: pass layers=[...]")

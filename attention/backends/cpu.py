@@ -48,8 +48,8 @@ class CpuBackend(Backend):
             assert delta is not None
             out = aligned_out(do, delta)
         if shape is Shape.ANTICAUSAL:
-            flipped = [t.flip(0) for t in (do, q, k, v, lse, out)]
-            dq, dk, dv = self.backward(*flipped, None, Shape.CAUSAL, scoring)
+            do, q, k, v, lse, out = (t.flip(0) for t in (do, q, k, v, lse, out))
+            dq, dk, dv = self.backward(do, q, k, v, lse, out, None, Shape.CAUSAL, scoring)
             return dq.flip(0), dk.flip(0), dv.flip(0)
         inputs = [_heads_first(t) for t in (do, q, k, v, out)]
         causal = shape is Shape.CAUSAL

@@ -155,7 +155,7 @@ def _run(arguments: argparse.Namespace) -> int:
     chosen = next((row for row in rows if row[0] == arguments.planner), None)
     if chosen is None or not isinstance(chosen[1], Plan) or chosen[2] is None:
         raise PlanError(f"planner {arguments.planner} made no plan: {chosen[1] if chosen else 'not run'}")
-    _, made, result, seconds = chosen
+    made, result, seconds = chosen[1], chosen[2], chosen[3]
     if not arguments.compare:
         print(describe(made, result, cost, topology, bound, kind, seconds), file=text)
     _write(arguments, made, result, cost, topology, bound, seconds)

@@ -109,7 +109,7 @@ def build(arguments: argparse.Namespace, device: str) -> tuple[nn.Module, int]:
         from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
     except ImportError as error:
         raise PlanError("hdp profile needs transformers: pip install 'hdp[hf]'") from error
-    config: Any = AutoConfig.from_pretrained(arguments.model) if arguments.model else LlamaConfig(**SMALL)
+    config: Any = AutoConfig.from_pretrained(arguments.model) if arguments.model else LlamaConfig(**SMALL)  # type: ignore[arg-type]
     layers = int(model_shape(config).layers)
     if arguments.layers is not None:
         if not 1 <= arguments.layers <= layers:

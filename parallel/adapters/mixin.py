@@ -272,7 +272,10 @@ class HdpTrainerMixin(_Trainer):
             self.lr_scheduler.load_state_dict(torch.load(f"{checkpoint}/{SCHEDULER_FILE}", weights_only=True))
 
     def _load_best_model(self) -> None:
-        load_state(self.state.best_model_checkpoint, self.engine.model)
+        best = self.state.best_model_checkpoint
+        if best is None:
+            raise ValueError("load_best_model_at_end: no checkpoint was the best one; save and evaluate at least once")
+        load_state(best, self.engine.model)
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         """Without accelerate's wrapper, which holds no parameters itself."""

@@ -1,0 +1,5 @@
+"""csrc/merge.cpp: see hdp.attention.merge."""
+
+from typing import Any
+
+def merge(*arguments: Any) -> None: ...
