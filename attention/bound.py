@@ -72,6 +72,8 @@ class BoundRound:
     calls: tuple[BoundCall, ...]
     fillers: int
     merges: tuple[BoundMerge, ...]
+    late: tuple[BoundMerge, ...]
+    """Merges that wait for nobody's sake; see [Note: late] in ``hdp.attention.lowered``."""
 
 
 class Views:
@@ -122,7 +124,8 @@ class Bound:
                 casts=self._copies(part.casts),
                 calls=tuple(map(self._call, part.calls)),
                 fillers=part.fillers,
-                merges=tuple(map(self._merge, part.merges)),
+                merges=tuple(self._merge(m) for m in part.merges if not m.late),
+                late=tuple(self._merge(m) for m in part.merges if m.late),
             )
             for part in lowered.rounds
         )

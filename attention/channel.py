@@ -29,11 +29,15 @@ class Channel(Protocol):
         ...
 
     def has_received(self, ticket: Any) -> bool:
-        """Whether all receives of the ticket are done; never waits."""
+        """Whether all receives of the ticket but the late ones are done; never waits."""
         ...
 
     def wait_receives(self, ticket: Any) -> None:
-        """Returns when all receives of the ticket are done."""
+        """Returns when all receives of the ticket but the late ones are done."""
+        ...
+
+    def wait_late(self, ticket: Any) -> None:
+        """Returns when the late receives of the ticket are done (``Packet.late``)."""
         ...
 
     def wait_sends(self, ticket: Any) -> None:
@@ -117,11 +121,15 @@ class VirtualChannel:
         return self.network.post(self.rank, sends, receives, tag)
 
     def has_received(self, ticket: VirtualTicket) -> bool:
-        return not ticket.receives
+        return all(packet.late for _, packet, _ in ticket.receives)
 
     def wait_receives(self, ticket: VirtualTicket) -> None:
-        if ticket.receives:
+        if not self.has_received(ticket):
             raise RuntimeError(f"virtual rank {self.rank} went on before {len(ticket.receives)} receives were done")
+
+    def wait_late(self, ticket: VirtualTicket) -> None:
+        if ticket.receives:
+            raise RuntimeError(f"virtual rank {self.rank} added {len(ticket.receives)} partials before they were there")
 
     def wait_sends(self, ticket: VirtualTicket) -> None:
         if ticket.sends:

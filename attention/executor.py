@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import struct
 import zlib
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 from hdp.attention.backends import Backend, Scoring
 from hdp.attention.bound import Bound, BoundCall, BoundMerge, BoundRound, Views
 from hdp.attention.channel import Channel, Parcel, VirtualNetwork
+from hdp.attention.lowered import LAG
 from hdp.attention.merge import merge_partial
 
 
@@ -28,8 +30,9 @@ class Wait:
     """What the executor waits for when it yields."""
 
     ticket: Any
-    sends: bool
-    """Wait until its sends may be overwritten; False: until its receives are there."""
+    what: str
+    """``"sends"``: until they may be overwritten. ``"receives"``: until all but the late ones are there. ``"late"``: until
+    those are, too."""
 
 
 Run = Generator[Wait, None, None]
@@ -53,6 +56,7 @@ class Executor:
         fillers = iter(program.fillers)
         stem = struct.pack(f"<{len(serial) + 1}q", *serial, program.is_backward)
         previous: Any = None
+        late: deque[tuple[Any, tuple[BoundMerge, ...]]] = deque()
         for number, part in enumerate(program.rounds):
             for slot, value in part.fills:
                 views[slot].fill_(value)
@@ -63,18 +67,23 @@ class Executor:
                 one_call(call, views, scoring)
             if ticket is not None and part.receives:
                 self._fill(ticket, part.fillers, fillers, one_call, views, scoring)
-                yield Wait(ticket, False)
+                yield Wait(ticket, "receives")
                 self.channel.wait_receives(ticket)
             if previous is not None:  # see [Note: arena]: a sent buffer lives one step longer
-                yield Wait(previous, True)
+                yield Wait(previous, "sends")
                 self.channel.wait_sends(previous)
             previous = ticket if part.sends else None
             for merge in part.merges:
                 _merge(merge, views)
+            late.append((ticket, part.late))
+            if len(late) > LAG:
+                yield from self._come_home(*late.popleft(), views)
         for call in fillers:
             one_call(call, views, scoring)
+        while late:
+            yield from self._come_home(*late.popleft(), views)
         if previous is not None:
-            yield Wait(previous, True)
+            yield Wait(previous, "sends")
             self.channel.wait_sends(previous)
         for slot, value in program.empties:
             views[slot].fill_(value)
@@ -92,6 +101,14 @@ class Executor:
                 return
             one_call(call, views, scoring)
             share -= 1
+
+    def _come_home(self, ticket: Any, merges: tuple[BoundMerge, ...], views: Views) -> Run:
+        """Partials that nobody waited for. See [Note: late]."""
+        if merges:
+            yield Wait(ticket, "late")
+            self.channel.wait_late(ticket)
+            for merge in merges:
+                _merge(merge, views)
 
     def _post(self, part: BoundRound, views: Views, tag: int) -> Any:
         if not part.sends and not part.receives:
@@ -159,4 +176,6 @@ def drive_together(runs: dict[int, Run], network: VirtualNetwork, seed: int = 0)
 
 
 def _is_over(wait: Wait) -> bool:
-    return wait.ticket.sends == 0 if wait.sends else not wait.ticket.receives
+    if wait.what == "sends":
+        return wait.ticket.sends == 0
+    return not any(packet.late == (wait.what == "late") for _, packet, _ in wait.ticket.receives)

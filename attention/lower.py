@@ -11,12 +11,25 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hdp.attention.arena import buffer_bytes, pack_arena
 from hdp.attention.fillers import local_calls, spread
 from hdp.attention.layout import Layout
-from hdp.attention.lowered import COMPONENTS, Buffer, Call, Copy, Geometry, Lowered, Merge, Packet, Ref, Round, Width
+from hdp.attention.lowered import (
+    COMPONENTS,
+    LAG,
+    Buffer,
+    Call,
+    Copy,
+    Geometry,
+    Lowered,
+    Merge,
+    Packet,
+    Ref,
+    Round,
+    Width,
+)
 from hdp.attention.lowered import wire_width as width_on_wire
 from hdp.attention.mask import Mask, decompose
 from hdp.attention.places import Place, Places
@@ -125,7 +138,13 @@ class _Lowering:
             for tile in part.tiles:
                 out += self.tiles.calls(self.settings[index], tile)
         for index, transfer, place in arrivals:
-            self._arrive(index, transfer, place, merges)
+            came = self._arrive(index, transfer, place)
+            if self._is_late(index, transfer, came):
+                receives = [replace(p, late=True) if p.ref.tensor in place.tensors else p for p in receives]
+                came = [replace(merge, late=True) for merge in came]
+                for tensor in place.tensors:
+                    self.places.touch(tensor, extra=LAG)
+            merges += came
         return Round(
             fills=tuple(self.tiles.fills),
             sends=tuple(sends),
@@ -134,6 +153,12 @@ class _Lowering:
             calls=tuple(calls),
             merges=tuple(merges),
         )
+
+    def _is_late(self, index: int, transfer: Transfer, merges: Sequence[Merge]) -> bool:
+        """Whether all that arrived is added to sums that stay here. See [Note: late]."""
+        task = self.tasks[index]
+        owned = all(task.layout.owners[chunk] == task.member for chunk in transfer.chunks)
+        return transfer.kind.is_accumulator and owned and not any(merge.first for merge in merges)
 
     def _send(self, index: int, transfer: Transfer) -> list[Packet]:
         task, kind, heads = self.tasks[index], transfer.kind, transfer.heads
@@ -193,7 +218,8 @@ class _Lowering:
             receives.append(self._packet(task, transfer, self.places.rows_of(place, number), component.name))
         return place
 
-    def _arrive(self, index: int, transfer: Transfer, place: Place, merges: list[Merge]) -> None:
+    def _arrive(self, index: int, transfer: Transfer, place: Place) -> list[Merge]:
+        merges: list[Merge] = []
         layout, kind = self.tasks[index].layout, transfer.kind
         row = 0
         for chunk in transfer.chunks:
@@ -213,6 +239,7 @@ class _Lowering:
             for heads in gaps:  # it goes on from here: the message's own buffer is its place
                 self.places.put(index, kind, chunk, source.narrow(heads))
                 self.places.filled(source.narrow(heads))
+        return merges
 
     def _merge(self, kind: Kind, source: Place, target: Place) -> Merge:
         first = self.places.claim(target, target.row, target.row + target.rows, target.heads, self.tiles.fills)

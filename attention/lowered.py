@@ -98,6 +98,13 @@ class Buffer:
     kept: bool
 
 
+LAG = 2
+"""Rounds by which a late partial may come after its own. See [Note: late].
+
+[Note: late] A partial that comes home is added to a sum that nobody reads before the end, so the next round need not wait
+for it: TokenRing's queries go on while results return on other links. It is waited for LAG rounds later, in the same
+order on every run; its buffer lives so long. Only sums that have been written before can be added to out of turn.
+"""
 Copy = tuple[Ref, Ref]  # (source, target): a copy, with a cast where their dtypes differ
 
 
@@ -130,6 +137,8 @@ class Packet:
     lane: int
     sequence: int
     what: str
+    late: bool = False
+    """Receive: a partial for this rank's own tokens, which no step waits for. See [Note: late]."""
     pack: tuple[Copy, ...] = ()
     """Send: pieces to be copied into ``ref`` first (chunks that do not lie together, some of the heads, a cast)."""
 
@@ -142,6 +151,8 @@ class Merge:
     source: tuple[Ref, ...]
     target: tuple[Ref, ...]
     first: bool
+    late: bool = False
+    """See [Note: late]."""
 
 
 @dataclass(frozen=True, kw_only=True)

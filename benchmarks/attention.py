@@ -127,15 +127,16 @@ def chosen(tokens: int, heads: tuple[int, int], hosts: int, kind: str, rate: flo
 
 
 def exposed(cluster: Cluster) -> dict[str, float]:
-    tokens, heads, hosts = 8192, (8, 8), 4
+    tokens, heads, hosts = 16384, (4, 4), 4
     measured = speed(cluster, tokens, heads, hosts)
-    print(f"tiles of 8192 tokens on 4 hosts: forward {measured.forward:.2f} s, backward {measured.backward:.2f} s")
+    print(f"tiles of {tokens} tokens, {heads[0]} heads, on {hosts} hosts: {measured.forward:.2f} s forward")
+    print(f"and {measured.backward:.2f} s backward")
     found: dict[str, float] = {}
     for label, ratio in (("half", 0.5), ("equal", 1.0)):
         rate = rate_for(ratio, tokens, heads, hosts, measured.forward)
-        for name, local in (("exposed", []), ("mixed", [2048, 2048])):
+        for name, local in (("exposed", []), ("mixed", [4096, 4096])):
             pair = ["hdp:ring/ring", "quiet:ring/ring"]
-            times = cluster.run(hosts, rate, tokens=tokens, heads=heads, candidates=pair, rounds=5, local=local)
+            times = cluster.run(hosts, rate, tokens=tokens, heads=heads, candidates=pair, rounds=4, local=local)
             a, b = (times[c]["seconds"] for c in pair)
             shares = [x / y - 1 for x, y in zip(a, b, strict=True)]
             found[f"{name}_{label}"] = statistics.median(shares)

@@ -138,9 +138,8 @@ def main() -> None:
     torch.set_num_threads(1)
     steps = {f"{s} of {n}": step_microseconds(s, n) for s in ("ring", "token_ring", "direct") for n in (4, 16, 64)}
     cases = {
-        "8 x 1024, 8:8 heads": ([1024] * 8, (8, 8)),
-        "8 x 1024, 8:2 heads": ([1024] * 8, (8, 2)),
-        "4 x 2048, 8:8 heads": ([2048] * 4, (8, 8)),
+        "6 x 1024, 8:8 heads": ([1024] * 6, (8, 8)),
+        "6 x 1024, 8:2 heads": ([1024] * 6, (8, 2)),
         "1024 + 2048 + 4096, 8:2 heads": ([1024, 2048, 4096], (8, 2)),
     }
     local = {name: local_overhead(lengths, heads, 7) for name, (lengths, heads) in cases.items()}

@@ -33,6 +33,8 @@ class Ticket:
 
     receives: list[tuple[Packet, dist.Work]] = field(default_factory=list)
     sends: list[tuple[Packet, dist.Work]] = field(default_factory=list)
+    late: list[tuple[Packet, dist.Work]] = field(default_factory=list)
+    """Receives that no step waits for."""
     arrived: threading.Event | None = None
     """Set when the receives are done, or failed; None: nobody has asked yet."""
     failure: tuple[Packet, Exception] | None = None
@@ -70,9 +72,9 @@ class TorchChannel:
         ticket = Ticket()
         # Receives first: a send that finds its receive posted needs no second handshake.
         for packet, tensor in receives:
-            lane = self.lanes[packet.lane]
+            lane, works = self.lanes[packet.lane], ticket.late if packet.late else ticket.receives
             for piece in _pieces(tensor):
-                ticket.receives.append((packet, self._start(lane.recv, piece, packet, tag)))
+                works.append((packet, self._start(lane.recv, piece, packet, tag)))
         for packet, tensor in sends:
             lane = self.lanes[packet.lane]
             for piece in _pieces(tensor):
@@ -98,8 +100,13 @@ class TorchChannel:
             ]
             # A coalesced call returns one work for the whole group; either way all must be waited for.
             works = dist.batch_isend_irecv(operations)
-            has_receives = any(not is_send for _, _, is_send in mine)
-            (ticket.receives if has_receives else ticket.sends).extend((mine[-1][0], work) for work in works)
+            awaited = [packet for packet, _, is_send in mine if not is_send]
+            group = ticket.sends
+            if awaited:
+                group = ticket.late if all(packet.late for packet in awaited) else ticket.receives
+            group.extend((mine[-1][0], work) for work in works)
+            if group is ticket.late:  # its sends are waited for with the others: their buffers are used again
+                ticket.sends.extend((mine[-1][0], work) for work in works)
         return ticket
 
     def has_received(self, ticket: Ticket) -> bool:
@@ -139,6 +146,10 @@ class TorchChannel:
                 packet, error = ticket.failure
                 raise self._error("receiving", packet, error) from error
         ticket.receives.clear()
+
+    def wait_late(self, ticket: Ticket) -> None:
+        self._wait(ticket.late, "receiving")
+        ticket.late.clear()
 
     def wait_sends(self, ticket: Ticket) -> None:
         self._wait(ticket.sends, "sending")

@@ -312,3 +312,16 @@ def test_every_rank_resolves_auto_alike() -> None:
         chooser = Chooser(links=Links(kind=kind, inner_rate=1e9, outer_rate=1e8), flops=1e12, ranks_per_node=per_node)
         result = attend_together(sequences, data, mask, SCORING, torch.float64, backend="reference", chooser=chooser)
         assert max(result.errors(data).values()) <= 1e-12
+
+
+def test_results_that_come_home_hold_nobody_up() -> None:
+    """TokenRing's returning partials are all late, so its queries never wait for them; a ring's traffic is all urgent."""
+    shard = RouteShard(sequence=0, length=64, group=(0, 1, 2, 3), schedule="token_ring", schedule_backward="token_ring")
+    route = Route(AttentionRuntime(1, VirtualNetwork().channel(1), CPU), [shard])
+    for backward, kinds in ((False, {"out", "lse"}), (True, {"dq"})):
+        received = [p for r in route.lowered(key_of(HEADS["mha"]), backward).rounds for p in r.receives]
+        assert {p.what for p in received if p.late} == kinds
+        assert {p.what for p in received if not p.late}.isdisjoint(kinds - {"lse"})
+    ring = RouteShard(sequence=0, length=64, group=(0, 1, 2, 3), schedule="ring", schedule_backward="ring")
+    forward = Route(route.runtime, [ring]).lowered(key_of(HEADS["mha"]), False)
+    assert not any(p.late for r in forward.rounds for p in r.receives)
