@@ -132,8 +132,8 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     names = set(getattr(model, "_no_split_modules", None) or ())
     layers = [m for m in model.modules() if type(m).__name__ in names]
     if not layers:
-        lists: list[nn.ModuleList] = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m)]
-        layers = list(max(lists, key=len)) if lists else []
+        lists = [list(m) for m in model.modules() if isinstance(m, nn.ModuleList)]
+        layers = max(lists, key=len, default=[])
     if not layers:
         raise ValueError(f"found no repeated layers in {type(model).__name__}: pass layers=[...]")
     return layers
