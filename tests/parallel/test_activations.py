@@ -50,10 +50,10 @@ def test_the_same_bits_and_messages(ranks, tmp_path, name, disk):
 
 def planned(world: hdp.World, offload: tuple, recompute: tuple, with_store: bool) -> Any:
     lengths = [90, 30, 20]
-    fields = {"world_size": 2, "capacity": 32, "regime": "step", "planner": "by hand"}
+    fields = {"world_size": 2, "capacity": 64, "regime": "step", "planner": "by hand"}
     plan = Plan.from_groups(lengths, [(0, 1), (0,), (1,)], [0, 1, 2], offload=offload, recompute=recompute, **fields)
     engine = make_engine(world, "fsdp-step", make_model())
-    batch = plan_batch(world, engine, make_documents(lengths), 32, planner=lambda _, **__: plan)
+    batch = plan_batch(world, engine, make_documents(lengths), 64, planner=lambda _, **__: plan)
     if not with_store:
         try:
             engine.forward_backward(batch)
