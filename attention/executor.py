@@ -10,6 +10,7 @@ Which of the two changes nothing in the results: local calls touch nothing that 
 
 from __future__ import annotations
 
+import itertools
 import random
 import struct
 import zlib
@@ -95,12 +96,10 @@ class Executor:
     ) -> None:
         """Local calls while the receives of a round are under way. See [Note: fillers]."""
         can_ask = self.channel.can_ask
-        while not self.channel.has_received(ticket) if can_ask else share > 0:
-            call = next(fillers, None)
-            if call is None:
-                return
+        for call in fillers if can_ask else itertools.islice(fillers, share):
             one_call(call, views, scoring)
-            share -= 1
+            if can_ask and self.channel.has_received(ticket):
+                return
 
     def _come_home(self, ticket: Any, merges: tuple[BoundMerge, ...], views: Views) -> Run:
         """Partials that nobody waited for. See [Note: late]."""
