@@ -1,4 +1,4 @@
-# Everything starts from a fresh clone with Python >= 3.10 (developed on 3.11), a C++20 compiler and a package registry.
+# Everything starts from a fresh clone with Python >= 3.11, a C++20 compiler and a package registry.
 # Each target does all that it needs and skips what is done already.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

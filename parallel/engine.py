@@ -75,13 +75,14 @@ class Engine:
         self._check_batch(batch)
         if batch.loss_weight == 0:
             if self.world.rank == 0:
-                logger.warning("step %d has no label token: skipped on all ranks", batch.step)
+                why = "label tokens that all weigh 0" if batch.label_tokens else "no label token"
+                logger.warning("step %d has %s: skipped on all ranks", batch.step, why)
             zeros = (0.0,) * self.world.world_size
             return StepResult(
                 step=batch.step,
                 loss=math.nan,
                 tokens=batch.tokens,
-                label_tokens=0,
+                label_tokens=batch.label_tokens,
                 seconds=0.0,
                 busy_seconds=zeros,
                 wait_seconds=zeros,
@@ -221,7 +222,6 @@ class Engine:
         from hdp.attention.huggingface import planned_mask
 
         self._check_ids(inputs)
-
         with loss_instead_of_logits(self.head, inputs.labels, inputs.weights):
             output = self._module()(
                 input_ids=inputs.input_ids.unsqueeze(0),

@@ -81,9 +81,8 @@ class Loader:
         self.lengths = document_lengths(documents)
         if int(self.lengths.sum()) == 0:
             raise ValueError(f"all {len(documents)} documents are empty: there is nothing to train on")
-        if isinstance(
-            planner, str
-        ):  # an unknown planner, or a document that fits nowhere, ends here and not hours later
+        if isinstance(planner, str):
+            # An unknown planner, or a document that fits nowhere, ends here and not hours later.
             self._make(self.lengths.max(keepdims=True), make_plan, planner=planner)
         # Ranks whose first batches agree could still part later, one waiting for a batch that the other never draws.
         run = hashlib.sha256(np.ascontiguousarray(self.lengths, dtype="<i8").tobytes())

@@ -9,7 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def collect(world_size: int, extra: dict[str, Any]) -> dict[str, Any]:
     return {
         "command": command(world_size),
         "working_folder": str(Path.cwd()),
-        "began": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "world_size": world_size,
         "commit": commit(Path(sys.argv[0]).resolve().parent),
         "versions": versions(),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from engines import full_gradients, make_engine, plan_batch
-from tiny import VOCABULARY, _norm, _rotation, gradient_errors, loss_sums, make_documents
+from tiny import VOCABULARY, gradient_errors, loss_sums, make_documents, widen
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hdp
@@ -46,12 +46,7 @@ def step(world: hdp.World, name: str, lengths: list[int]) -> Any:
 @pytest.mark.parametrize("lengths", [LENGTHS, [2]], ids=["mixed", "two tokens"])
 @pytest.mark.parametrize("name", ["fsdp-step", "fsdp-slot", "ddp"])
 def test_gradients_are_exact(ranks, exactness, name, lengths):
-    model = mixture("eager", experts_implementation="eager").double()  # the grouped kernel knows no float64
-    for module in model.modules():
-        if type(module).__name__ == "MixtralRMSNorm":
-            module.forward = _norm.__get__(module)
-        elif type(module).__name__ == "MixtralRotaryEmbedding":
-            module.forward = _rotation.__get__(module)
+    model = widen(mixture("eager", experts_implementation="eager"))  # the grouped kernel knows no float64
     total, weight = loss_sums(model, make_documents(lengths))
     (total / weight).backward()
     exact = {key: p.grad for key, p in model.named_parameters()}

@@ -53,11 +53,15 @@ def make_documents(lengths: Sequence[int], seed: int = 0) -> list[Tensor]:
 
 def make_reference(heads: str = "gqa", seed: int = 0, **options: Any) -> LlamaForCausalLM:
     """:func:`make_model` in float64. transformers computes norms and rotations in fp32 whatever the weights: not here."""
-    model = make_model(heads, "eager", seed, **options).double()
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
+    return widen(make_model(heads, "eager", seed, **options))
+
+
+def widen(model: Any) -> Any:
+    """float64 throughout, norms and rotations of transformers included."""
+    for module in model.double().modules():
+        if type(module).__name__.endswith("RMSNorm"):
             module.forward = _norm.__get__(module)
-        elif type(module).__name__ == "LlamaRotaryEmbedding":
+        elif type(module).__name__.endswith("RotaryEmbedding"):
             module.forward = _rotation.__get__(module)
     return model
 
@@ -67,7 +71,7 @@ def _norm(self: nn.Module, hidden: Tensor) -> Tensor:
 
 
 def _rotation(self: nn.Module, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    dim = self.config.head_dim
+    dim = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
     theta = self.config.rope_parameters["rope_theta"]
     frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angles = position_ids[..., None].double() * frequencies
