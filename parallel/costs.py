@@ -28,6 +28,8 @@ class Assumptions:
 
     cost: CostModel
     topology: Topology
+    flops: float
+    """Operations a second that one rank attains in the model's dtype."""
     device: str
     """Name in the table of devices."""
 
@@ -53,6 +55,7 @@ def assume(model: nn.Module, device: torch.device, world_size: int, dtype: torch
     return Assumptions(
         cost=replace(cost, constant=LAYER_OVERHEAD.get(device.type, 0.0)),
         topology=Topology(world_size=world_size, ranks_per_node=ranks_per_node, intra=known.intra, inter=known.inter),
+        flops=flops,
         device=name,
     )
 

@@ -26,6 +26,7 @@ from hdp.parallel.costs import assume
 from hdp.parallel.loader import Loader
 from hdp.parallel.loss import loss_sum
 from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans
+from hdp.parallel.schedules import make_chooser
 from hdp.parallel.world import World
 
 logger = logging.getLogger("hdp")
@@ -54,6 +55,8 @@ class Engine:
         """What becomes of saved activations; None keeps them all."""
         if world.assumptions is None:
             world.assumptions = assume(model, world.device, world.world_size, compute_dtype(model))
+        if world.assumptions is not None and world.runtime.chooser is None:  # for plans with schedule "auto"
+            world.runtime.chooser = make_chooser(world.assumptions.topology, flops=world.assumptions.flops)
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from tiny import make_model
+from engines import plan_batch
+from tiny import make_documents, make_model
 from transformers import LlamaConfig
 
 import hdp
@@ -44,3 +46,20 @@ def told(world: hdp.World) -> tuple:
 def test_an_engine_sets_it_for_its_loaders_alike_on_all_ranks(ranks):
     found = ranks(3).run(told)
     assert found[0] is not None and all(f == found[0] for f in found) and found[0][1] == 3
+
+
+def with_schedule(world: hdp.World, schedule: str) -> tuple:
+    everyone = tuple(range(world.world_size))
+    codes = torch.tensor([1, 1, 0]).numpy()
+    plan = hdp.Plan.from_groups(
+        [90, 60, 9], [everyone, everyone[::-1], (0,)], [0, 1, 1], world_size=world.world_size, capacity=200, regime="step",
+        planner="by hand", schedule_names=("local", schedule), schedules=codes, schedules_backward=codes,
+    )  # fmt: skip
+    engine = hdp.shard(make_model(), world)
+    batch = plan_batch(world, engine, make_documents([90, 60, 9]), 200, planner=lambda _, **__: plan)
+    loss = engine.forward_backward(batch).loss
+    return loss, float(engine.clip_grad_norm_(1.0))
+
+
+def test_schedule_auto_works_under_an_engine(ranks):
+    assert ranks(3).run(with_schedule, "auto")[0] == pytest.approx(ranks(3).run(with_schedule, "ring")[0], rel=1e-6)
