@@ -20,7 +20,7 @@ using Array = py::array_t<i64, py::array::c_style>;
 // a node forward and backward, ring across nodes forward and backward.
 constexpr int kRows = 9;
 
-planner::Sequences sequences(const Array& terms) {
+planner::Sequences sequences(const Array& terms, const planner::Machine& machine) {
   if (terms.ndim() != 2 || terms.shape(0) != kRows) {
     throw std::invalid_argument("terms must be an int64 array of 9 rows, one column a sequence");
   }
@@ -36,15 +36,15 @@ planner::Sequences sequences(const Array& terms) {
     seq.ring[0][phase] = rows[5 + phase];
     seq.ring[1][phase] = rows[7 + phase];
   }
-  seq.finish();
+  seq.finish(machine);
   return seq;
 }
 
 py::tuple solve(const Array& terms, int world, int node, i64 capacity, i64 latency_within, i64 latency_across,
                 i64 constant, const std::string& regime, int effort) {
   if (world < 1 || node < 1 || capacity < 1) throw std::invalid_argument("world, node and capacity must be at least 1");
-  const planner::Sequences seq = sequences(terms);
-  planner::Machine machine{world, node, capacity, {latency_within, latency_across}};
+  const planner::Machine machine(world, node, capacity, latency_within, latency_across);
+  const planner::Sequences seq = sequences(terms, machine);
   planner::Assignment plan;
   {
     py::gil_scoped_release release;

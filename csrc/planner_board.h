@@ -67,7 +67,7 @@ class Board {
     // What a rank waits for its sharers can hold whole sequences.
     for (int r = 0; r < machine_.world; ++r) {
       load[r] -= waited_[r];
-      node_sum_[r / machine_.node] -= waited_[r];
+      node_sum_[machine_.node_of[r]] -= waited_[r];
     }
     std::fill(waited_.begin(), waited_.end(), 0);
     for (int v = 0; v < machine_.nodes(); ++v) average(v);
@@ -116,7 +116,7 @@ class Board {
       for (int r : ranks) start = std::max(start, load[r]);
     }
     for (i64 m = 0; m < n; ++m) {
-      const int r = ranks[m], v = r / machine_.node;
+      const int r = ranks[m], v = machine_.node_of[r];
       if (const i64 wait = std::max<i64>(0, start - load[r]); wait > 0) {
         waited_[r] += wait;
         load[r] += wait;
@@ -129,7 +129,7 @@ class Board {
       node_tokens_[v] = std::max(node_tokens_[v], tokens[r]);
     }
     for (i64 m = 0; m < n; m += 1) {
-      if (m + 1 == n || ranks[m + 1] / machine_.node != ranks[m] / machine_.node) average(ranks[m] / machine_.node);
+      if (m + 1 == n || machine_.node_of[ranks[m + 1]] != machine_.node_of[ranks[m]]) average(machine_.node_of[ranks[m]]);
     }
     if (n > 1) shared.push_back(d);
   }
@@ -137,7 +137,7 @@ class Board {
   void average(int v) { node_average_[v] = node_sum_[v] / (machine_.end(v) - machine_.begin(v)); }
 
   int across(const Ranks& ranks) const {
-    return ranks.front() / machine_.node != ranks.back() / machine_.node;
+    return machine_.node_of[ranks.front()] != machine_.node_of[ranks.back()];
   }
 
   bool better(const Choice& a, const Choice& b) const {
@@ -177,7 +177,7 @@ class Board {
     }
     cursor_ = world;
     const i64 first = ceil_div(fewest_ranks, node);
-    const i64 last = std::max(first, most_hidden(machine_, seq_, d, world, 1) / node);
+    const i64 last = std::max(first, most_hidden(machine_, seq_, d, 1) / node);
     const i64 stride = options_.aligned ? 1 : std::max<i64>(1, (last - first) / 8);
     Choice best;
     for (i64 m = first; m <= machine_.nodes(); m += stride) {
@@ -261,8 +261,7 @@ class Board {
   }
 
   i64 hidden_inside(int d) const {
-    const i64 size = machine_.largest();
-    return std::max(seq_.smallest[d], most_hidden(machine_, seq_, d, size, 0));
+    return std::max(seq_.smallest[d], most_hidden(machine_, seq_, d, 0));
   }
 
   // Over the least loaded ranks of node v: `n` of them or more, fewer only where that alone keeps the target.
@@ -301,7 +300,7 @@ class Board {
 
   i64 widest(int d) const {
     const i64 low = std::max<i64>(2, seq_.smallest[d]);
-    return std::min<i64>(machine_.world, std::max<i64>(low, 2 * most_hidden(machine_, seq_, d, machine_.world, 1)));
+    return std::min<i64>(machine_.world, std::max<i64>(low, 2 * most_hidden(machine_, seq_, d, 1)));
   }
 
   // Over the least loaded ranks anywhere: how the last wave is levelled when no node has room of its own.
@@ -371,7 +370,7 @@ class Board {
   }
 
   void put_whole(int d, int r) {
-    const int v = r / machine_.node;
+    const int v = machine_.node_of[r];
     load[r] += seq_.work[d];
     tokens[r] += seq_.length[d];
     node_sum_[v] += seq_.work[d];

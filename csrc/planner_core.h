@@ -22,6 +22,12 @@ struct Machine {
   int node = 0;
   i64 capacity = 0;       // tokens of a micro-batch
   i64 latency[2] = {0, 0};  // one hop in all layers: within a node, across nodes
+  std::vector<int> node_of;  // of each rank
+
+  Machine(int ranks, int ranks_per_node, i64 tokens, i64 within, i64 across)
+      : world(ranks), node(ranks_per_node), capacity(tokens), latency{within, across}, node_of(ranks) {
+    for (int r = 0; r < world; ++r) node_of[r] = r / node;
+  }
 
   int nodes() const { return (world + node - 1) / node; }
   int begin(int v) const { return v * node; }
@@ -38,23 +44,41 @@ struct Sequences {
   const i64* smallest = nullptr;      // fewest ranks that hold the sequence
   std::vector<i64> work;              // on one rank
 
-  void finish() {
+  // Remembered once computed, for every board asks again; 0 is unknown.
+  i64 narrow = 0;                       // widest group whose shares are remembered
+  mutable std::vector<i64> inside;      // share within a node, [sequence, ranks]
+  mutable std::vector<int> hidden[2];   // most_hidden within a node, over the world
+
+  void finish(const Machine& machine) {
     work.resize(count);
     for (int d = 0; d < count; ++d) work[d] = linear[d] + attention[0][d] + attention[1][d];
+    narrow = std::min<i64>(machine.largest(), 16);
+    inside.assign(count * (narrow + 1), 0);
+    for (auto& known : hidden) known.assign(count, 0);
   }
 };
 
-// Ticks of one member's share: n tiles a pass, each but the last hiding the next hop.
-inline i64 share(const Machine& machine, const Sequences& seq, int d, i64 n, int across) {
-  if (n <= 1) return seq.work[d];
-  i64 total = ceil_div(seq.linear[d], n);
+// Ticks of one member of a ring of n, given all of its work: n tiles a pass, each but the last hiding the next hop.
+inline i64 ring_share(const Machine& machine, i64 n, int across, i64 linear, const i64 (&attention)[2], const i64 (&ring)[2]) {
+  i64 total = ceil_div(linear, n);
   for (int phase = 0; phase < 2; ++phase) {
-    const i64 attention = seq.attention[phase][d];
-    const i64 hops = (n - 1) * machine.latency[across] + ceil_div((n - 1) * seq.ring[across][phase][d], n) +
-                     attention / n / n;
-    total += std::max(ceil_div(attention, n), hops);
+    const i64 hops = (n - 1) * machine.latency[across] + ceil_div((n - 1) * ring[phase], n) + attention[phase] / n / n;
+    total += std::max(ceil_div(attention[phase], n), hops);
   }
   return total;
+}
+
+// Ticks of one member's share of a sequence.
+inline i64 share(const Machine& machine, const Sequences& seq, int d, i64 n, int across) {
+  if (n <= 1) return seq.work[d];
+  const auto ticks = [&] {
+    return ring_share(machine, n, across, seq.linear[d], {seq.attention[0][d], seq.attention[1][d]},
+                      {seq.ring[across][0][d], seq.ring[across][1][d]});
+  };
+  if (across || n > seq.narrow) return ticks();
+  i64& known = seq.inside[d * (seq.narrow + 1) + n];
+  if (known == 0) known = ticks();
+  return known;
 }
 
 // Fewest ranks in [low, high] whose share is at most `ticks`; high + 1 when there is none. Shares fall with n.
@@ -67,15 +91,17 @@ inline i64 fewest(const Machine& machine, const Sequences& seq, int d, i64 ticks
   return good;
 }
 
-// Most ranks in [1, high] over which the ring still hides, up to 1/128 of the work.
-inline i64 most_hidden(const Machine& machine, const Sequences& seq, int d, i64 high, int across) {
+// Most ranks of a node, or of the world, over which the ring still hides, up to 1/128 of the work.
+inline i64 most_hidden(const Machine& machine, const Sequences& seq, int d, int across) {
+  int& known = seq.hidden[across][d];
+  if (known != 0) return known;
   const i64 limit = seq.work[d] + seq.work[d] / 128;
-  i64 good = 1, bad = high + 1;
+  int good = 1, bad = (across ? machine.world : machine.largest()) + 1;
   while (bad - good > 1) {
-    const i64 mid = (good + bad) / 2;
+    const int mid = (good + bad) / 2;
     (share(machine, seq, d, mid, across) * mid <= limit ? good : bad) = mid;
   }
-  return good;
+  return known = good;
 }
 
 // Groups of the sequences placed so far, one after the other; a sequence is placed at most once.

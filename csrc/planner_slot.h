@@ -1,6 +1,9 @@
 // Regime slot: every slot is a barrier, so slots are filled one at a time. A slot must hold the longest sequence left; its
-// duration is chosen among a few so that the idle time it buys is the smallest part of the work it does.
+// duration is chosen among a few so that the idle time it buys is the smallest part of the work it does. Where every sequence
+// fits a node, packs that are each cut over equal parts of the nodes are tried as well: fewer to level, equal within a part.
 #pragma once
+
+#include <optional>
 
 #include "planner_board.h"
 
@@ -97,7 +100,7 @@ class SlotSearch {
     std::vector<i64> shares;
     if (low <= size) shares.push_back(share(machine_, seq_, d, size, 0));
     for (i64 n = low; n < size; n = n * 3 / 2 + 1) shares.push_back(share(machine_, seq_, d, n, 0));
-    const i64 most = std::min<i64>(world, std::max<i64>(low, 4 * most_hidden(machine_, seq_, d, world, 1)));
+    const i64 most = std::min<i64>(world, std::max<i64>(low, 4 * most_hidden(machine_, seq_, d, 1)));
     if (most > size) shares.push_back(share(machine_, seq_, d, most, 1));
     // Past that the ring shows, but a slot that has little else to do is still shorter.
     for (i64 n = most; n > size && n < world; n *= 2) {
@@ -137,6 +140,128 @@ class SlotSearch {
   i64 spread_from_ = std::min<i64>(machine_.capacity / 2, 4096);
 };
 
+// Packs of one part each, as many as the slots hold, dealt heaviest first: the packs of a slot weigh about the same.
+class Packs {
+ public:
+  Packs(const Machine& machine, const Sequences& seq, i64 constant) : machine_(machine), seq_(seq), constant_(constant) {}
+
+  // Nothing where nodes differ, or a sequence needs more than one.
+  std::optional<Assignment> run() {
+    if (seq_.count == 0 || machine_.world % machine_.largest()) return std::nullopt;
+    size_ = best_size();
+    if (size_ == 0) return std::nullopt;
+    i64 tokens = 0;
+    for (int d = 0; d < seq_.count; ++d) tokens += ceil_div(seq_.length[d], size_);
+    const i64 fewest = ceil_div(tokens, machine_.capacity * parts());
+    for (i64 slots = fewest; slots < fewest + 3; ++slots) {
+      if (auto plan = pack(slots)) return plan;
+    }
+    return std::nullopt;
+  }
+
+ private:
+  struct Pack {
+    i64 work = 0, tokens = 0, linear = 0, attention[2] = {0, 0}, ring[2] = {0, 0};
+  };
+
+  const Machine& machine_;
+  const Sequences& seq_;
+  i64 constant_;
+  i64 size_ = 0;  // ranks of a part
+
+  int parts() const { return static_cast<int>(machine_.world / size_); }
+
+  // The widest divisor of a node over which an average pack hides its ring as well as over any other; 0: nothing fits.
+  i64 best_size() const {
+    Pack all;
+    i64 longest = 0, best = 0, least = kNever;
+    for (int d = 0; d < seq_.count; ++d) {
+      add(all, d, seq_.length[d]);
+      longest = std::max(longest, seq_.length[d]);
+    }
+    for (i64 n = 1; n <= machine_.largest(); ++n) {
+      if (machine_.largest() % n || ceil_div(longest, n) > machine_.capacity) continue;
+      const i64 packs = machine_.world / n * std::max<i64>(1, ceil_div(all.tokens, machine_.capacity * machine_.world));
+      const i64 attention[2] = {all.attention[0] / packs, all.attention[1] / packs};
+      const i64 ring[2] = {all.ring[0] / packs, all.ring[1] / packs};
+      const i64 ticks = n == 1 ? all.work / packs : ring_share(machine_, n, 0, all.linear / packs, attention, ring);
+      if (ticks <= least + least / 4096) best = n;
+      least = std::min(least, ticks);
+    }
+    return best;
+  }
+
+  // Each sequence to the pack with the least work that has room; none if some has none.
+  std::optional<Assignment> pack(i64 slots) const {
+    using Entry = std::pair<i64, int>;
+    const int count = static_cast<int>(slots * parts());
+    std::vector<Pack> packs(count);
+    std::vector<int> pack_of(seq_.count);
+    std::vector<Entry> entries(count);
+    for (int p = 0; p < count; ++p) entries[p] = {0, p};
+    std::priority_queue<Entry, std::vector<Entry>, std::greater<Entry>> lightest(std::greater<Entry>(), std::move(entries));
+    std::priority_queue<Entry> full;  // by room: packs that a longer sequence did not fit
+    for (int d = 0; d < seq_.count; ++d) {
+      const i64 part = ceil_div(seq_.length[d], size_);
+      while (!full.empty() && full.top().first >= part) {
+        const int p = full.top().second;
+        full.pop();
+        lightest.push({packs[p].work, p});
+      }
+      while (!lightest.empty() && packs[lightest.top().second].tokens + part > machine_.capacity) {
+        const int p = lightest.top().second;
+        lightest.pop();
+        full.push({machine_.capacity - packs[p].tokens, p});
+      }
+      if (lightest.empty()) return std::nullopt;
+      const int p = lightest.top().second;
+      lightest.pop();
+      add(packs[p], d, part);
+      pack_of[d] = p;
+      lightest.push({packs[p].work, p});
+    }
+    return deal(packs, pack_of);
+  }
+
+  void add(Pack& pack, int d, i64 part) const {
+    pack.work += seq_.work[d];
+    pack.tokens += part;
+    pack.linear += seq_.linear[d];
+    for (int phase = 0; phase < 2; ++phase) {
+      pack.attention[phase] += seq_.attention[phase][d];
+      pack.ring[phase] += seq_.ring[0][phase][d];
+    }
+  }
+
+  Assignment deal(const std::vector<Pack>& packs, const std::vector<int>& pack_of) const {
+    const int row = parts();
+    std::vector<int> order(packs.size()), place(packs.size());
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return packs[a].work > packs[b].work; });
+    Assignment plan;
+    plan.makespan = 0;
+    for (std::size_t i = 0; i < order.size(); ++i) place[order[i]] = static_cast<int>(i);
+    for (std::size_t i = 0; i < order.size(); i += row) {
+      i64 longest = 0;
+      for (int v = 0; v < row; ++v) longest = std::max(longest, ticks(packs[order[i + v]]));
+      if (packs[order[i]].tokens > 0) plan.makespan += longest + constant_;
+    }
+    plan.slots.resize(seq_.count);
+    std::vector<int> ranks(size_);
+    for (int d = 0; d < seq_.count; ++d) {
+      plan.slots[d] = place[pack_of[d]] / row;
+      std::iota(ranks.begin(), ranks.end(), place[pack_of[d]] % row * static_cast<int>(size_));
+      plan.groups.add(d, ranks.data(), ranks.size());
+    }
+    return plan;
+  }
+
+  i64 ticks(const Pack& pack) const {
+    if (size_ == 1) return pack.work;
+    return ring_share(machine_, size_, 0, pack.linear, pack.attention, pack.ring);
+  }
+};
+
 inline Assignment plan_slot(const Machine& machine, const Sequences& seq, i64 constant, int effort) {
   __int128 work = 0;
   for (i64 ticks : seq.work) work += ticks;
@@ -148,6 +273,12 @@ inline Assignment plan_slot(const Machine& machine, const Sequences& seq, i64 co
     if (plan.makespan < best.makespan) best = std::move(plan);
     const __int128 idle = static_cast<__int128>(best.makespan) * machine.world - work;
     if (idle * 128 < work || (++runs >= 1 && seq.count > 2048)) break;
+  }
+  // Cutting every short sequence is only worth it where it shows.
+  if (const __int128 idle = static_cast<__int128>(best.makespan) * machine.world - work; idle * 2048 > work) {
+    if (auto packs = Packs(machine, seq, constant).run(); packs && packs->makespan < best.makespan - best.makespan / 2048) {
+      best = std::move(*packs);
+    }
   }
   return best;
 }

@@ -49,7 +49,7 @@ class Ordering {
 
   i64 ticks(int d) const {
     const Members g = group_[d];
-    return share(machine_, seq_, d, g.size(), g.front() / machine_.node != g.back() / machine_.node);
+    return share(machine_, seq_, d, g.size(), machine_.node_of[g.front()] != machine_.node_of[g.back()]);
   }
 
   // Into the slot of the sequence before it, if that has the same group and room.

@@ -67,6 +67,14 @@ def test_ahead_of_the_others_on_long_tails(name: str, regime: str) -> None:
         assert ours < makespan(lengths, 64, regime, planner)
 
 
+@pytest.mark.parametrize("world", [8, 64])
+@pytest.mark.parametrize("name", ["github", "byted", "lognormal-pareto", "short"])
+def test_not_behind_a_mesh_inside_the_node(name: str, world: int) -> None:
+    """Regime slot, no document longer than a node holds: packs cut over whole nodes are level, and hard to beat."""
+    lengths = draw_lengths(name, tokens=world * CAPACITY * 8, context=32768)
+    assert makespan(lengths, world, "slot") <= 1.001 * makespan(lengths, world, "slot", "static")
+
+
 @pytest.mark.parametrize("regime", ["step", "slot"])
 @given(lengths=st.lists(st.integers(0, 40000), min_size=1, max_size=40), seed=st.integers(0, 100))
 @settings(max_examples=30, deadline=None)
