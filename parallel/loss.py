@@ -14,8 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE_INDEX = -100
-CHUNK_LOGITS = 1 << 24
-"""Logits (tokens x vocabulary) of one chunk: 64 MB in fp32."""
+MOST_LOGITS = 1 << 24
+"""Logits (tokens x vocabulary) of one chunk: at most 64 MB in fp32."""
+CACHED_LOGITS = 1 << 20
+"""Few enough that a CPU's cache holds them between the passes over them: 4 MB in fp32."""
+FEWEST_ROWS = 256
+"""Tokens below which a chunk's products would be bound by reading the head."""
 
 
 def loss_sum(
@@ -53,16 +57,22 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs[0] else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
         d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
-        step = max(CHUNK_LOGITS // max(weight.shape[0], 1), 1)
+        step = min(chunk_rows(weight.shape[0], hidden.device), hidden.shape[0])
+        logits = hidden.new_empty((step, weight.shape[0]))
         for start in range(0, hidden.shape[0], step):
             part = slice(start, start + step)
-            logits = F.linear(hidden[part], weight, bias).to(wide)
-            d_logits, loss = _cross_entropy(logits, labels[part], None if weights is None else weights[part])
+            rows = logits[: hidden[part].shape[0]]
+            torch.mm(hidden[part], weight.t(), out=rows)
+            if bias is not None:
+                rows += bias
+            d_logits, loss = _cross_entropy(rows.to(wide), labels[part], None if weights is None else weights[part])
             total += loss
             narrow = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(narrow, weight, out=d_hidden[part])
-            if d_weight is not None:
+            if d_weight is not None and d_weight.dtype == narrow.dtype:
+                d_weight.addmm_(narrow.t(), hidden[part])
+            elif d_weight is not None:
                 d_weight += narrow.t() @ hidden[part]
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
@@ -83,13 +93,22 @@ class _ChunkedLoss(torch.autograd.Function):
         )
 
 
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """Tokens of one chunk."""
+    most = MOST_LOGITS // max(vocabulary, 1)
+    if device.type == "cpu":
+        most = min(most, max(FEWEST_ROWS, CACHED_LOGITS // max(vocabulary, 1)))
+    return max(most, 1)
+
+
 def _cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradient of the weighted sum of losses with respect to the logits (in their place), and the sum."""
     valid = labels != IGNORE_INDEX
     target = labels.masked_fill(~valid, 0).unsqueeze(-1)
-    factor = valid.to(logits.dtype) if weights is None else valid * weights.to(logits.dtype)
-    lse = torch.logsumexp(logits, dim=-1)
-    loss = ((lse - logits.gather(-1, target).squeeze(-1)) * factor).sum()
-    logits.sub_(lse.unsqueeze(-1)).exp_()
-    logits.scatter_add_(-1, target, torch.full_like(target, -1, dtype=logits.dtype))
-    return logits.mul_(factor.unsqueeze(-1)), loss
+    factor = (valid.to(logits.dtype) if weights is None else valid * weights.to(logits.dtype)).unsqueeze(-1)
+    logits -= logits.amax(dim=-1, keepdim=True)
+    wanted = logits.gather(-1, target)
+    total = logits.exp_().sum(dim=-1, keepdim=True)
+    loss = ((total.log() - wanted) * factor).sum()
+    logits *= factor / total
+    return logits.scatter_add_(-1, target, -factor), loss

@@ -9,6 +9,7 @@ limit, so the plan may differ between machines: plan on one rank and broadcast.
 from __future__ import annotations
 
 import itertools
+import time
 
 import numpy as np
 
@@ -21,6 +22,8 @@ MORE_MICRO_BATCHES = 2
 """Numbers of micro-batches tried beyond the fewest."""
 SECONDS = 4.0
 """Time limit of one programme."""
+TOTAL_SECONDS = 40.0
+"""Time for all programmes of a batch, shared out as it goes; none gets less than half a second."""
 GAP = 0.01
 """Relative gap at which HiGHS stops."""
 MOST_GROUPS = 8
@@ -31,21 +34,24 @@ def make(problem: Problem, name: str) -> Plan:
     """The best of a few numbers of micro-batches; raises PlanError where none is found in time."""
     tokens = int(problem.lengths.sum())
     fewest = max(1, -(-tokens // (problem.world_size * problem.capacity)))
-    plans = []
+    plans: list[Plan] = []
+    deadline = time.monotonic() + TOTAL_SECONDS
     for count in range(fewest, fewest + MORE_MICRO_BATCHES + 1):
-        made = _blast(problem, name, count)
+        if plans and time.monotonic() > deadline:
+            break
+        made = _blast(problem, name, count, deadline)
         if made is not None:
             plans.append(made)
     if not plans:
         raise PlanError(
-            f"flexsp found no plan of {fewest} to {fewest + MORE_MICRO_BATCHES} micro-batches within {SECONDS} s each: "
+            f"flexsp found no plan of {fewest} to {fewest + MORE_MICRO_BATCHES} micro-batches in {TOTAL_SECONDS} s: "
             "use planner auto"
         )
     times = [evaluate(made, problem.cost, problem.topology).makespan for made in plans]
     return plans[int(np.argmin(times))]
 
 
-def _blast(problem: Problem, name: str, count: int) -> Plan | None:
+def _blast(problem: Problem, name: str, count: int, deadline: float) -> Plan | None:
     """Micro-batches of similar lengths and equal tokens, each solved by itself."""
     order = problem.descending
     slot_of = np.full(len(problem.lengths), -1, dtype=np.int64)
@@ -57,7 +63,8 @@ def _blast(problem: Problem, name: str, count: int) -> Plan | None:
         slot = 0
         while waiting:
             chosen = waiting.pop()
-            solved = _solve(problem, chosen)
+            left = (deadline - time.monotonic()) / (len(waiting) + 1)
+            solved = _solve(problem, chosen, min(max(left, 0.5), SECONDS))
             if solved is None and len(chosen) == 1:
                 return None
             if solved is None:  # equal tokens may still need more ranks than there are: halve the micro-batch
@@ -99,7 +106,7 @@ def _buckets(lengths: IntArray) -> list[IntArray]:
     return [np.arange(a, b) for a, b in itertools.pairwise(cuts)]
 
 
-def _solve(problem: Problem, chosen: IntArray) -> dict[int, tuple[int, ...]] | None:
+def _solve(problem: Problem, chosen: IntArray, seconds: float) -> dict[int, tuple[int, ...]] | None:
     """One micro-batch: sequence to ranks; None when the programme finds nothing in time."""
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
@@ -141,7 +148,7 @@ def _solve(problem: Problem, chosen: IntArray) -> dict[int, tuple[int, ...]] | N
         constraints=LinearConstraint(rows.tocsr(), low, high),
         integrality=np.append(np.ones(variables - 1), 0),
         bounds=Bounds(np.zeros(variables), limits),
-        options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+        options={"time_limit": seconds, "mip_rel_gap": GAP},
     )
     if result.x is None:
         return None
