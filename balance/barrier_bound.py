@@ -4,7 +4,7 @@ A slot of duration M has world x M ticks and world x capacity tokens, and may ho
 most M. The bound is a linear programme over how many slots there are of each duration and which part of each sequence
 runs in them; two rules make it sharp: a sequence runs in a slot at most once (so a giant needs a whole slot as long as
 itself, whatever it leaves idle), and a sequence shared over more ranks works longer in total where its ring shows.
-The programme counts slots and adds up their durations by intervals of duration; within an interval a slot may hold what
+The programme counts slots and adds up their durations by intervals of duration, each slot with the constant of a micro-batch; within an interval a slot may hold what
 its upper end allows, so that the bound holds for any grid. The grid is refined where the solution uses it.
 """
 
@@ -147,7 +147,7 @@ def _solve(
     system.add(np.arange(slots), -np.ones(slots), -float(np.ceil(problem.lengths.sum() / room)))
     rows, columns = (np.concatenate(part) for part in zip(*covers, strict=True))
     result = linprog(
-        np.concatenate([np.zeros(slots), np.ones(slots), np.zeros(column - 2 * slots)]),
+        np.concatenate([np.full(slots, problem.costs.constant / scale), np.ones(slots), np.zeros(column - 2 * slots)]),
         A_ub=coo_matrix(
             (np.concatenate(system.values), (np.concatenate(system.rows), np.concatenate(system.columns))),
             (system.count, column),

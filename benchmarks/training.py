@@ -82,10 +82,10 @@ def against_static(cluster: str) -> dict[str, float]:
     print(
         f"static mesh without link limits: {compute:.2f} s a step, {sent / 2**20:.1f} MiB sent a rank: links of {rate} Mbit/s"
     )
-    fit = on_cluster(cluster, f"{rate}mbit", "fit")
-    print(f"one host: {fit}")
     figures = {}
     for regime in ("step", "slot"):
+        fit = on_cluster(cluster, f"{rate}mbit", "fit", "--regime", regime)
+        print(f"one host, {regime}: {fit}")
         times: dict[str, list[float]] = {"static": [], "auto": []}
         for _ in range(2):  # interleaved
             for planner in times:

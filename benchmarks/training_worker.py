@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hdp
 from hdp.balance import CostModel, Link, Topology
+from hdp.balance.distributions import draw_lengths
 
 VOCABULARY = 2048
 
@@ -162,35 +164,48 @@ def loss_memory(options: argparse.Namespace) -> dict:
 # ---------------------------------------------------------------- long-tailed batch
 
 CAPACITY = 2048
-LENGTHS = [7000, 2000, 1700, 1300, 900, 700, 600, 500, 400, 400, 300, 300, *[200] * 6, *[120] * 8, *[60] * 10]
+SCALE = 32
+"""GitHub-like lengths of contexts of 256K, divided by this: 187 documents, 22,723 tokens, the longest 4,450."""
 
 
 def long_tail() -> list[Tensor]:
+    lengths = np.maximum(draw_lengths("github", tokens=20_000 * SCALE, context=262_144, seed=1) // SCALE, 1)
     generator = torch.Generator().manual_seed(1)
-    return [torch.randint(0, VOCABULARY, (n,), generator=generator) for n in LENGTHS]
+    return [torch.randint(0, VOCABULARY, (n,), generator=generator) for n in lengths.tolist()]
 
 
-def fit(world: hdp.World) -> dict:
-    """Seconds of a whole local micro-batch, forward and backward, by length: least squares of a s^2 + b s + c."""
-    engine = hdp.shard(small_llama("hdp"), world)
+def fit(world: hdp.World, regime: str) -> dict:
+    """Seconds of a whole local micro-batch, forward and backward, by length: least squares of a s^2 + b s + c.
+
+    Of computation; in regime slot the constant is with what shows of the parameters that each micro-batch gathers.
+    """
+    engine = hdp.shard(small_llama("hdp"), world, regime=regime)
     lengths = (64, 256, 512, 1024, 2048)
-    seconds = []
+    seconds, shown = [], []
     for length in lengths:
         documents = [torch.zeros(length, dtype=torch.int64)] * world.world_size
-        loader = hdp.Loader(documents, world, tokens_per_step=length * world.world_size, capacity=length, planner=whole)
+        loader = hdp.Loader(
+            documents,
+            world,
+            tokens_per_step=length * world.world_size,
+            capacity=length,
+            planner=functools.partial(whole, regime=regime),
+        )
         batch = next(iter(loader))
-        runs = [engine.forward_backward(batch).busy_seconds[world.rank] for _ in range(4)]
-        seconds.append(statistics.median(runs[1:]))
+        runs = [engine.forward_backward(batch) for _ in range(4)]
+        seconds.append(statistics.median(run.busy_seconds[world.rank] for run in runs[1:]))
+        shown.append(statistics.median(run.wait_seconds[world.rank] for run in runs[1:]))
     columns = np.array([[n * n, n, 1.0] for n in lengths]) / np.array(seconds)[:, None]
+    gather = statistics.median(shown) if regime == "slot" else 0.0
     a, b, c = np.linalg.lstsq(columns, np.ones(len(lengths)), rcond=None)[0]
-    return {"quadratic": max(float(a), 0.0), "linear": max(float(b), 1e-9), "constant": max(float(c), 0.0)}
+    return {"quadratic": max(float(a), 0.0), "linear": max(float(b), 1e-9), "constant": max(float(c), 0.0) + gather}
 
 
-def whole(lengths, *, world_size: int, capacity: int, **_) -> hdp.Plan:
+def whole(lengths, *, world_size: int, capacity: int, regime: str, **_) -> hdp.Plan:
     groups = [(i % world_size,) for i in range(len(lengths))]
     slots = [i // world_size for i in range(len(lengths))]
     return hdp.Plan.from_groups(
-        lengths, groups, slots, world_size=world_size, capacity=capacity, regime="step", planner="whole"
+        lengths, groups, slots, world_size=world_size, capacity=capacity, regime=regime, planner="whole"
     )
 
 
@@ -217,10 +232,11 @@ def steps(world: hdp.World, options: argparse.Namespace) -> dict:
             "cost": cost_model(json.loads(options.fit)),
             "topology": Topology(world_size=world.world_size, ranks_per_node=1, intra=link, inter=link),
         }
+    documents = long_tail()
     loader = hdp.Loader(
-        long_tail(),
+        documents,
         world,
-        tokens_per_step=sum(LENGTHS),
+        tokens_per_step=sum(map(len, documents)),
         capacity=CAPACITY,
         planner=options.planner,
         regime=options.regime,
@@ -262,7 +278,7 @@ def main() -> None:
         elif options.part == "tax-memory":
             result = tax_memory(world, options)
         elif options.part == "fit":
-            result = fit(world)
+            result = fit(world, options.regime)
         else:
             result = steps(world, options)
         if world.rank == 0:

@@ -120,6 +120,14 @@ class SlotSearch {
     shares.push_back(share(machine_, seq_, d, fair, fair > size));
     const i64 shortest = *std::min_element(shares.begin(), shares.end());
     std::vector<i64> targets;
+    // Where a slot costs much by itself, one that is uneven but full may spare another.
+    const bool costly = constant_ * 32 > average / slots;
+    if (costly) {
+      std::sort(shares.begin(), shares.end());
+      for (i64 i = std::min<i64>(shares.size(), 3) - 1; i >= 0; --i) {
+        for (i64 part : {8, 4, 2}) shares.push_back(shares[i] + average / slots / part);
+      }
+    }
     for (i64 permille : {1, 5, 15, 40}) {
       for (i64 k = slots; k < slots + 3; ++k) {
         const i64 target = average / k + average / k / 1000 * permille;

@@ -5,7 +5,7 @@ numbers of micro-batches. Costs full parameters and gradients on every rank. ``s
 reduced layer by layer in every micro-batch, for models that do not fit otherwise; every rank runs the same number.
 
 [Note: hangs] Sharing a sequence between ranks while FSDP gathers or reduces per layer can hang: a rank waits in attention
-for one that waits in a collective. So all parameters are gathered, in one fixed order, before the first micro-batch, and
+for one that waits in a collective. So all gathers are launched, in one fixed order, before the first micro-batch, and
 gradients are reduced only where ``hdp.parallel.arrangement`` has shown that every rank arrives. FSDP2's own notion of the last
 backward is left alone: telling it otherwise leaves it with a stale order of prefetching.
 
@@ -15,19 +15,17 @@ that said on every wrapped module (``set_gradient_divide_factor``), together wit
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 from hdp.balance.plan import REGIMES
 from hdp.parallel.arrangement import Work
+from hdp.parallel.collectives import Beside, reduced_as_stored
 from hdp.parallel.engine import Engine
 from hdp.parallel.world import World
 
@@ -35,59 +33,51 @@ from hdp.parallel.world import World
 class FSDPEngine(Engine):
     """See the module. Made by :func:`shard`."""
 
-    def __init__(self, model: nn.Module, world: World, regime: str = "step") -> None:
+    def __init__(self, model: nn.Module, world: World, regime: str = "step", *, plain_reductions: bool = False) -> None:
         super().__init__(model, world)
         self.regime = regime
         self.modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
-        reduce_scatter = _TimedReduceScatter(self.waits)
         for module in self.modules:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.set_reduce_scatter_unused_params(True)
-            module.set_custom_reduce_scatter(reduce_scatter)
+        self.beside: Beside | None = None
+        """Collectives beside computation; None on devices whose streams do that."""
+        if world.device.type == "cpu":
+            self.beside = Beside(self.modules, self.waits, reductions=plain_reductions, layer_by_layer=regime == "slot")
 
     @property
     def root(self) -> FSDPModule:
         return self.modules[0]
 
     def _begin(self) -> None:
+        if self.beside is not None:
+            self.beside.begin()
         if self.regime == "slot":
             return
-        start = time.perf_counter()
+        if self.beside is not None:
+            self.beside.gather()
+            return
         for module in self.modules:
             module.unshard()
-        self.waits.append((start, time.perf_counter()))
 
     def _before(self, work: Work) -> None:
+        if self.beside is not None:
+            self.beside.put_aside()
         if self.regime == "slot":
             return
         self.root.set_requires_gradient_sync(work.reduces)
         self.root.set_reshard_after_backward(work.reduces)
 
+    def _end(self) -> None:
+        if self.beside is not None:
+            self.beside.end()
+
     def _end_evaluation(self) -> None:
+        if self.beside is not None:
+            self.beside.release()
         for module in self.modules:
             module.reshard()
-
-
-class _TimedReduceScatter(DefaultReduceScatter):
-    """FSDP2's own reduce-scatter; notes how long the rank was held."""
-
-    def __init__(self, waits: list[tuple[float, float]]) -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> dist.Work:
-        start = time.perf_counter()
-        work = super().__call__(output_tensor, input_tensor, group, op, async_op)
-        self.waits.append((start, time.perf_counter()))
-        return work
 
 
 def shard(
@@ -124,7 +114,8 @@ def shard(
     for layer in list(layers) if layers is not None else find_layers(model):
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    return FSDPEngine(model, world, regime)
+    plain = mesh.ndim == 1 and reduced_as_stored(model, options["mp_policy"].reduce_dtype)
+    return FSDPEngine(model, world, regime, plain_reductions=plain)
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

@@ -1,7 +1,8 @@
 """Planned batches, one after the other: documents in, plans out, planned ahead in the background.
 
-Every rank draws the same documents and makes the same plan by itself; before a batch is handed out the ranks compare a hash
-of it and of the documents that they share, and add up its label tokens, in one small message.
+Every rank draws the same documents and makes the same plan by itself (a planner that stops by time plans on rank 0 for all);
+before a batch is handed out the ranks compare a hash of it and of the documents that they share, and add up its label tokens,
+in one small message.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from hdp.balance import make_plan
 from hdp.balance.plan import Plan, PlanError
+from hdp.balance.planners import STOPPED_BY_TIME
 from hdp.parallel.batch import REDUCTIONS, Documents, Fields, PlannedBatch, read_document
 from hdp.parallel.errors import PlanMismatch
 from hdp.parallel.loss import IGNORE_INDEX
@@ -92,18 +94,38 @@ class Loader:
     def __iter__(self) -> Iterator[PlannedBatch]:
         draws = enumerate(self._draw())
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hdp-plan") as pool:
-            queue: list[tuple[int, tuple[int, ...], Future[Plan]]] = []
+            queue: list[tuple[int, tuple[int, ...], Future[Plan] | None]] = []
             while True:
                 while len(queue) < self.ahead and (drawn := next(draws, None)) is not None:
                     step, indices = drawn
                     if self.steps is not None and step >= self.steps:
                         break
                     if step >= self.start:
-                        queue.append((step, indices, pool.submit(self._plan, indices)))
+                        told = self._planned_by_one and dist.get_rank() != 0
+                        queue.append((step, indices, None if told else pool.submit(self._plan, indices)))
                 if not queue:
                     return
                 step, indices, plan = queue.pop(0)
-                yield self._agree(step, indices, plan.result())
+                made = self._from_first(step, plan) if self._planned_by_one else plan.result()  # type: ignore[union-attr]
+                yield self._agree(step, indices, made)
+
+    @property
+    def _planned_by_one(self) -> bool:
+        return isinstance(self.planner, str) and self.planner in STOPPED_BY_TIME and dist.get_world_size() > 1
+
+    def _from_first(self, step: int, plan: Future[Plan] | None) -> Plan:
+        """Rank 0's plan on every rank, or its error."""
+        told: list[Any] = [None]
+        if plan is not None:
+            try:
+                told = [plan.result()]
+            except PlanError as error:
+                told = [error]
+        with self.world.guard.watch(f"planning of step {step}"):
+            dist.broadcast_object_list(told, src=0, device=self.world.device)
+        if isinstance(told[0], PlanError):
+            raise told[0]
+        return told[0]
 
     def plan_batches(self) -> Iterator[tuple[tuple[int, ...], Plan]]:
         """The same batches without any communication: documents' indices and plan."""

@@ -27,6 +27,9 @@ PLANNERS: dict[str, str] = {
 }
 """Planner name to the module of this package that holds it; each module has ``make(problem, name) -> Plan``."""
 
+STOPPED_BY_TIME = {"flexsp"}
+"""Planners whose plans may differ between ranks: one plans, and the others are told."""
+
 
 def plan(
     lengths: Sequence[int] | NDArray[np.integer],

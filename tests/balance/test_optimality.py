@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hdp.balance import CostModel, Topology, evaluate, make_plan, plan
+from hdp.balance import CostModel, Link, Topology, evaluate, make_plan, plan
 from hdp.balance.bounds import slot_bound, step_bound
 from hdp.balance.distributions import draw_lengths
 from hdp.balance.exact import exact_optimum
@@ -132,3 +132,15 @@ def test_offload_makes_room_for_what_would_not_fit() -> None:
     made.validate()
     ratios = {made.micro_batches(r)[0].offload_ratio for r in made.group(0)}
     assert all(0 < ratio <= 0.9 for ratio in ratios)
+
+
+def test_costly_slots_are_few() -> None:
+    """Regime slot, a constant as long as the rest: a fuller first slot, though uneven, spares the fourth."""
+    cost = CostModel(layers=4, quadratic=2e-8, linear=4e-5, constant=0.7, ring_bytes=1024.0, ring_bytes_backward=2048.0)
+    link = Link(bandwidth=15.5e6, latency=2e-4)
+    topology = Topology(world_size=4, ranks_per_node=1, intra=link, inter=link)
+    lengths = np.maximum(draw_lengths("github", tokens=640_000, context=262_144, seed=1) // 32, 1)
+    made = plan(lengths, topology, cost, capacity=2048, regime="slot")
+    problem = make_problem(lengths, topology, cost, capacity=2048, regime="slot", planner="auto")
+    assert made.slot_count == -(-int(lengths.sum()) // (4 * 2048))
+    assert evaluate(made, cost, topology).makespan <= 1.25 * slot_bound(problem)

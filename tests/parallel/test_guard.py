@@ -17,7 +17,7 @@ from harness import Outcome, Ranks
 from tiny import make_documents, make_model
 
 import hdp
-import hdp.parallel.fsdp as fsdp
+from hdp.parallel import collectives
 
 TIMEOUT = 5.0
 """Seconds that ranks wait for each other."""
@@ -42,11 +42,11 @@ def train(world: hdp.World, victim: int, how: str, where: str) -> None:
         if world.rank == victim and count == 4:
             fail(how)
 
-    post, reduce = world.channel.post, fsdp._TimedReduceScatter.__call__
+    post, reduce = world.channel.post, collectives.ReduceScatter.__call__
     if where == "attention":
         world.channel.post = lambda *arguments: (trip(), post(*arguments))[1]  # type: ignore[method-assign]
     elif where == "reduce-scatter":
-        fsdp._TimedReduceScatter.__call__ = lambda *a, **k: (trip(), reduce(*a, **k))[1]  # type: ignore[method-assign]
+        collectives.ReduceScatter.__call__ = lambda *a, **k: (trip(), reduce(*a, **k))[1]  # type: ignore[method-assign]
     loader = hdp.Loader(
         make_documents([150, 20, 30, 9, 11, 40]), world, tokens_per_step=10**5, capacity=64, planner="naive", steps=3
     )

@@ -155,6 +155,39 @@ def test_ranks_that_plan_differently_are_named(ranks, what):
         assert f"rank {rank}, step 0: ranks {[0, 1] if rank == 2 else [2]} planned another batch" in text
 
 
+def planned_by_one(world: hdp.World, fails: bool) -> tuple[int, list[str]] | tuple[str, str]:
+    """Planner flexsp where it counts its calls, and fails on rank 0 after the check of the longest document."""
+    from hdp.balance.planners import flexsp
+
+    calls, make = 0, flexsp.make
+
+    def counted(problem, name):
+        nonlocal calls
+        calls += 1
+        if fails and calls > 1:
+            raise PlanError("no plan in time")
+        return make(problem, name)
+
+    flexsp.make = counted
+    try:
+        loader = hdp.Loader(
+            make_documents([150, 20, 30, 9, 11, 40]), world, tokens_per_step=10**4, capacity=64, planner="flexsp"
+        )
+        if fails:
+            return caught(lambda: list(loader))
+        digests = [batch.plan.digest for batch in loader]
+        return calls, digests
+    finally:
+        flexsp.make = make
+
+
+def test_a_planner_that_stops_by_time_plans_on_one_rank(ranks):
+    results = ranks(3).run(planned_by_one, False)
+    assert [calls for calls, _ in results] == [2, 1, 1]  # each checked the longest document; one planned
+    assert len({tuple(digests) for _, digests in results}) == 1
+    assert ranks(3).run(planned_by_one, True) == [("PlanError", "no plan in time")] * 3
+
+
 @pytest.mark.parametrize("what", ["tokens", "labels"])
 def test_ranks_that_hold_different_documents_are_named(ranks, what):
     for rank, (kind, text) in enumerate(ranks(3).run(different, what)):
