@@ -4,8 +4,9 @@ A slot of duration M has world x M ticks and world x capacity tokens, and may ho
 most M. The bound is a linear programme over how many slots there are of each duration and which part of each sequence
 runs in them; two rules make it sharp: a sequence runs in a slot at most once (so a giant needs a whole slot as long as
 itself, whatever it leaves idle), and a sequence shared over more ranks works longer in total where its ring shows.
-The programme counts slots and adds up their durations by intervals of duration, each slot with the constant of a micro-batch; within an interval a slot may hold what
-its upper end allows, so that the bound holds for any grid. The grid is refined where the solution uses it.
+The programme counts slots and adds up their durations by intervals of duration, each slot with the constant of a
+micro-batch; within an interval a slot may hold what its upper end allows, so that the bound holds for any grid. The grid
+is refined where the solution uses it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ between micro-batches, and whatever does not meet this runs as FSDP2 would run i
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -124,7 +125,7 @@ class Beside:
             module.set_custom_reduce_scatter(ReduceScatter(self, own))
         if layer_by_layer:
             modules[0]._set_unshard_async_op(True)
-            for module, following in zip(modules, modules[1:], strict=False):
+            for module, following in itertools.pairwise(modules):
                 module.set_modules_to_forward_prefetch([following])
 
     def begin(self) -> None:

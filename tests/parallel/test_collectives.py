@@ -1,0 +1,121 @@
+"""FSDP2's collectives beside computation: the same bits as one after the other, and nothing left gathered."""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from engines import full_gradients, make_engine
+from tiny import make_documents, make_model
+from torch import Tensor
+
+import hdp
+from hdp.parallel import collectives
+
+LENGTHS = [150, 20, 30, 9, 11, 40, 64, 64]
+
+
+def loader_of(world: hdp.World, lengths: list[int], regime: str, steps: int = 1, capacity: int = 64) -> hdp.Loader:
+    documents = make_documents(lengths)
+    return hdp.Loader(
+        documents,
+        world,
+        tokens_per_step=10**5,
+        capacity=capacity,
+        planner="naive",
+        regime=regime,
+        seed=None,
+        steps=steps,
+    )
+
+
+def accumulate(world: hdp.World, name: str, beside: bool, slow: bool) -> tuple[dict[str, Tensor | None], int]:
+    """Gradients of two batches in turn, the second added to the first; how many reductions were waited for later."""
+    later = 0
+    engine = make_engine(world, name, make_model())
+    assert engine.beside is not None
+    engine.beside.allowed &= beside
+    wait = collectives.TimedWork.wait
+    chance = random.Random(world.rank)
+
+    def late(work: collectives.TimedWork, *timeout: Any) -> bool:
+        nonlocal later
+        later += any(work is pending for pending, _ in engine.beside.pending)
+        if slow:
+            time.sleep(0.02 * chance.random())
+        return wait(work, *timeout)
+
+    collectives.TimedWork.wait = late  # type: ignore[method-assign]
+    try:
+        for batch in loader_of(world, LENGTHS, engine.regime, steps=2):
+            engine.forward_backward(batch)
+    finally:
+        collectives.TimedWork.wait = wait  # type: ignore[method-assign]
+    assert not engine.beside.pending and not engine.beside.aside
+    return full_gradients(engine), later
+
+
+@pytest.mark.parametrize("name", ["fsdp-step", "fsdp-slot"])
+def test_the_same_bits_as_one_after_the_other(ranks, name):
+    plain = ranks(3).run(accumulate, name, False, False)
+    assert all(later == 0 for _, later in plain)
+    for slow in (False, True):
+        for (ours, later), (exact, _) in zip(ranks(3).run(accumulate, name, True, slow), plain, strict=True):
+            assert later > 0
+            assert ours.keys() == exact.keys()
+            for key, gradient in exact.items():
+                assert torch.equal(ours[key], gradient), key
+
+
+def evaluate_between_steps(world: hdp.World) -> list[float]:
+    """One short document: two of three ranks run nothing. After a step they must not keep the old parameters."""
+    engine = hdp.shard(make_model(), world)
+    optimizer = torch.optim.SGD(engine.parameters(), lr=0.5)
+    losses = [engine.evaluate(make_documents([30]), capacity=64)]
+    for batch in loader_of(world, LENGTHS, "step", 2, 192 // world.world_size):
+        engine.forward_backward(batch)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(engine.evaluate(make_documents([30]), capacity=64))
+    return losses
+
+
+def test_ranks_that_run_nothing_keep_nothing_gathered(ranks):
+    alone = ranks(1).run(evaluate_between_steps)[0]
+    for losses in ranks(3).run(evaluate_between_steps):
+        assert losses == pytest.approx(alone, rel=1e-5)
+    assert alone[2] != pytest.approx(alone[0], rel=1e-3)
+
+
+def optimizer_in_backward(world: hdp.World) -> tuple[list[float], list[float]]:
+    """Hooks that read a gradient as soon as it is there see it whole."""
+    engine = hdp.shard(make_model(), world)
+    seen: list[float] = []
+    for parameter in engine.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(float(p.grad.to_local().norm())))
+    for batch in loader_of(world, LENGTHS, "step"):
+        engine.forward_backward(batch)
+    return sorted(seen), sorted(float(p.grad.to_local().norm()) for p in engine.parameters())
+
+
+def test_hooks_see_whole_gradients(ranks):
+    for seen, final in ranks(3).run(optimizer_in_backward):
+        assert seen == final
+
+
+def test_a_gather_that_was_waited_for_is_not_waited_for_again():
+    class Once(dist.Work):
+        count = 0
+
+        def wait(self, *timeout: Any) -> bool:
+            self.count += 1
+            return True
+
+    work, waits = Once(), []
+    timed = collectives.TimedWork(work, waits)
+    assert timed.wait() and timed.wait()
+    assert work.count == 1 and len(waits) == 1
