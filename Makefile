@@ -54,7 +54,7 @@ $(VENV)/.recipes: $(VENV)/.torch $(SOURCES)
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.recipes
-	$(PIP) -e '.[deepspeed,dev,flexsp]'
+	$(PIP) -e '.[deepspeed,dev,flexsp,liger]'
 	touch $@
 
 $(VENV)/.smollm2: $(VENV)/.recipes

@@ -2,11 +2,12 @@
 
 Logits are never whole in memory: 64K tokens of a vocabulary of 128K would be 32 GB in fp32. Each chunk's logits, loss and
 gradients are computed at once in forward (as Liger does), so beyond the hidden states' gradient and the head's the peak
-does not grow with the number of tokens.
+does not grow with the number of tokens. On a GPU Liger's kernel does it where that is installed and tokens weigh alike.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -42,7 +43,25 @@ def loss_sum(
             raise ValueError(
                 f"label {bad} is outside the vocabulary of {weight.shape[0]}: use {IGNORE_INDEX} for ignored tokens"
             )
+    if liger_takes(hidden, weights):
+        liger: Any = liger_loss()
+        return liger(weight, hidden, labels, bias)
     return _ChunkedLoss.apply(hidden, weight, bias, labels, weights)
+
+
+def liger_takes(hidden: Tensor, weights: Tensor | None) -> bool:
+    """Whether Liger's fused kernel computes this loss: on a GPU, every token counting alike."""
+    return hidden.is_cuda and weights is None and liger_loss() is not None
+
+
+@cache
+def liger_loss() -> Any:
+    """Liger's fused linear cross-entropy, summed, gradients of the head accumulated in fp32; None: not installed."""
+    try:
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return None
+    return LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORE_INDEX, reduction="sum", accum_dtype=torch.float32)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -56,7 +75,7 @@ class _ChunkedLoss(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden) if needs[0] else None
         d_weight = torch.zeros_like(weight, dtype=wide) if needs[1] else None
         d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needs[2] else None
-        step = min(chunk_rows(weight.shape[0], hidden.device), hidden.shape[0])
+        step = max(min(chunk_rows(weight.shape[0], hidden.device), hidden.shape[0]), 1)
         logits = hidden.new_empty((step, weight.shape[0]))
         for start in range(0, hidden.shape[0], step):
             part = slice(start, start + step)
