@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from hdp.balance.plan import REGIMES
 from hdp.parallel.arrangement import Work
@@ -88,6 +88,7 @@ def shard(
     layers: Iterable[nn.Module] | None = None,
     mesh: DeviceMesh | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
+    offload_policy: OffloadPolicy | None = None,
 ) -> FSDPEngine:
     """Shards ``model`` with FSDP2 over all ranks and returns the engine that trains it.
 
@@ -100,21 +101,26 @@ def shard(
         mesh: None: parameters are sharded over all ranks that share sequences. A mesh of two dimensions (replicate, shard) over
             them is HSDP: sharded inside a node, replicated across.
         mp_policy: FSDP2's mixed precision; gradients are reduced in fp32 unless it says otherwise.
+        offload_policy: FSDP2's ``CPUOffloadPolicy`` keeps parameters, gradients and optimizer state in host memory. The
+            model then stays where it is, and on GPUs the process group needs a backend for both (``cpu:gloo,cuda:nccl``).
 
     Raises:
         ValueError: an unknown regime, attention that is not hdp's, no layers found, a model without output head.
     """
     if regime not in REGIMES:
         raise ValueError(f"unknown regime {regime!r}: choose one of {', '.join(REGIMES)}")
-    model.to(world.device)
+    offloaded = isinstance(offload_policy, CPUOffloadPolicy)
+    if not offloaded:
+        model.to(world.device)
     if mesh is None:
         mesh = world.mesh["hdp"]
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": regime == "slot"}
     options["mp_policy"] = mp_policy or MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    options["offload_policy"] = offload_policy or OffloadPolicy()
     for layer in list(layers) if layers is not None else find_layers(model):
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    plain = mesh.ndim == 1 and reduced_as_stored(model, options["mp_policy"].reduce_dtype)
+    plain = mesh.ndim == 1 and not offloaded and reduced_as_stored(model, options["mp_policy"].reduce_dtype)
     return FSDPEngine(model, world, regime, plain_reductions=plain)
 
 

@@ -17,6 +17,7 @@ from engines import (
     regime_of,
 )
 from tiny import exact_gradient, gradient_errors, loss_sums, make_documents, make_reference
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 import hdp
 
@@ -68,6 +69,28 @@ def test_bf16_is_as_good_as_one_rank(ranks, exactness, name):
     norm = sum(e * e for e in single.values()) ** 0.5, sum(e * e for e in several.values()) ** 0.5
     exactness(f"world 2, mixed, naive, gqa, {name}, bf16 over one rank's {norm[0]:.1e}", norm[1], "all")
     assert norm[1] <= 1.5 * norm[0]
+
+
+def with_parameters_in_host_memory(world: hdp.World, lengths: list[int], regime: str) -> Any:
+    policy = CPUOffloadPolicy(pin_memory=False)
+    engine = hdp.shard(make_model(), world, regime=regime, offload_policy=policy)
+    batch = plan_batch(world, engine, make_documents(lengths), CAPACITY, planner="naive")
+    engine.forward_backward(batch)
+    gradients = full_gradients(engine)
+    optimizer = torch.optim.SGD(engine.parameters(), lr=0.1)
+    norm = float(engine.clip_grad_norm_(1e9))
+    optimizer.step()
+    return gradients, norm, all(p.device.type == "cpu" for p in engine.parameters())
+
+
+@pytest.mark.parametrize("regime", ["step", "slot"])
+def test_parameters_in_host_memory(ranks, regime):
+    lengths = BATCHES["mixed"]
+    _, gradient = exact_gradient("gqa", make_documents(lengths))
+    for found, norm, on_cpu in ranks(2).run(with_parameters_in_host_memory, lengths, regime):
+        assert max(gradient_errors(found, gradient).values()) <= LIMIT
+        assert norm == pytest.approx(float(torch.stack([g.norm() for g in gradient.values()]).norm()), rel=1e-5)
+        assert on_cpu
 
 
 def alone_in_bf16(world: hdp.World, lengths: list[int]) -> Any:
