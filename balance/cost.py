@@ -58,6 +58,8 @@ class CostModel:
     """Bytes of device memory of one rank; 0 when unknown."""
     host_memory: float = 0.0
     """Bytes of host memory for one rank's offloaded activations; 0 when unlimited."""
+    disk_memory: float = 0.0
+    """Bytes on a local disk for what host memory does not hold."""
     copy_bandwidth: float = 0.0
     """Bytes per second between device and host, per rank, all ranks of a node copying at once; 0 for no offload."""
 
@@ -112,6 +114,11 @@ class CostModel:
             copy_bandwidth=copy_bandwidth,
         )
 
+    @property
+    def outside_memory(self) -> float:
+        """Bytes of all tiers outside the device; 0 when unlimited."""
+        return self.host_memory + self.disk_memory if self.host_memory else 0.0
+
     def attention_seconds(self, lengths: Sequence[int] | IntArray) -> FloatArray:
         """Forward attention of whole sequences, all layers, in seconds."""
         s = np.asarray(lengths, dtype=np.float64)
@@ -139,6 +146,10 @@ class CostModel:
             ring=np.stack([_ticks(r) for r in rings]).reshape(2, 2, -1),
             latency=(latency[0], latency[1]),
             constant=round(self.layers * self.constant / TICK),
+            forward=1.0 / (1.0 + self.backward_linear),
+            copy=max(self.layers - 2, 0) * self.activation_bytes / self.copy_bandwidth / TICK
+            if self.copy_bandwidth
+            else 0.0,
         )
         if float(costs.work.astype(np.float64).sum()) > 2.0**62:
             raise PlanError("the batch costs more than 2^62 ticks of 2^-32 s: check the cost model's units (seconds)")
@@ -178,6 +189,10 @@ class Costs:
     """One hop in all layers: within a node, across nodes."""
     constant: int
     """One micro-batch."""
+    forward: float
+    """Share of the forward pass in ``linear``."""
+    copy: float
+    """One token's activations of all layers but the two that stay, one way between device and host; 0: free."""
 
     @property
     def work(self) -> IntArray:

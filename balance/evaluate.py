@@ -1,9 +1,10 @@
 """How long a plan takes under a cost model, and where its ranks wait.
 
-Two rules. Shares of one group in one micro-batch run as one packed ring: their attention and their bytes add up before
+Three rules. Shares of one group in one micro-batch run as one packed ring: their attention and their bytes add up before
 the larger of the two counts. And sharers stay together: ranks that share a sequence in a slot, directly or through
 others, begin that micro-batch when the last of them is ready and end it together, because every layer's ring couples
-them. Unshared micro-batches wait for nobody; in regime ``slot`` every slot ends with the slowest rank.
+them. Unshared micro-batches wait for nobody; in regime ``slot`` every slot ends with the slowest rank. And copies of
+offloaded activations run beside computation, out during forward and back during backward: what takes longer counts.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ class Evaluation:
     """When a rank is done; the difference to ``makespan`` is waiting at the end of the step."""
     slot_ends: IntArray
     """When the last rank leaves each slot."""
+    copying: IntArray
+    """Ticks in which a rank has nothing left to do but copies of its offloaded activations; part of ``busy``."""
 
     @property
     def seconds(self) -> float:
@@ -56,11 +59,28 @@ class SlotWork:
     """What each of them computes."""
     component: IntArray
     """Which of them are coupled by shared sequences: equal numbers run together."""
+    copying: IntArray
+    """How much of ``ticks`` is copies that do not hide."""
 
 
 def micro_batch_ticks(plan: Plan, costs: Costs, topology: Topology) -> list[SlotWork]:
     """The micro-batches of a plan, slot by slot."""
-    return [_slot_work(plan, costs, topology, members) for members in _by_slot(plan)]
+    copies = _copies(plan, costs) if plan.offload and costs.copy else [0] * plan.slot_count
+    return [
+        _slot_work(plan, costs, topology, members, one_way)
+        for members, one_way in zip(_by_slot(plan), copies, strict=True)
+    ]
+
+
+def _copies(plan: Plan, costs: Costs) -> IntArray:
+    """[slots, ranks]: ticks of copying what a micro-batch offloads, one way."""
+    ratios = np.zeros((plan.slot_count, plan.world_size))
+    ranks, slots, values = (np.array(column) for column in zip(*plan.offload, strict=True))
+    ratios[slots, ranks] = values
+    ranks, slots, held = plan.held()
+    copies = np.zeros((plan.slot_count, plan.world_size), dtype=np.int64)
+    copies[slots, ranks] = np.rint(ratios[slots, ranks] * costs.copy * held)
+    return copies
 
 
 def _by_slot(plan: Plan) -> list[IntArray]:
@@ -69,13 +89,15 @@ def _by_slot(plan: Plan) -> list[IntArray]:
     return [order[edges[k] : edges[k + 1]] for k in range(plan.slot_count)]
 
 
-def _slot_work(plan: Plan, costs: Costs, topology: Topology, sequences: IntArray) -> SlotWork:
-    ticks = np.zeros(plan.world_size, dtype=np.int64)
+def _slot_work(plan: Plan, costs: Costs, topology: Topology, sequences: IntArray, one_way: IntArray | int) -> SlotWork:
+    passes = np.zeros((2, plan.world_size), dtype=np.int64)  # forward, backward
     present = np.zeros(plan.world_size, dtype=bool)
     sizes = np.diff(plan.group_offsets)[sequences]
     whole = sequences[sizes == 1]
     ranks = plan.group_ranks[plan.group_offsets[whole]]
-    np.add.at(ticks, ranks, costs.work[whole])
+    forward = (costs.linear[whole] * costs.forward).astype(np.int64)
+    np.add.at(passes[0], ranks, costs.attention[0][whole] + forward)
+    np.add.at(passes[1], ranks, costs.attention[1][whole] + costs.linear[whole] - forward)
     present[ranks] = True
     rings: dict[bytes, list[int]] = {}  # packed: by group
     for i in sequences[sizes > 1].tolist():
@@ -83,23 +105,28 @@ def _slot_work(plan: Plan, costs: Costs, topology: Topology, sequences: IntArray
         rings.setdefault(group.tobytes(), []).append(i)
     for key, members in rings.items():
         group = np.frombuffer(key, dtype=np.int64)
-        ticks[group] += _packed_ring(costs, topology, members, group)
+        passes[:, group] += _packed_ring(costs, topology, members, group)[:, None]
         present[group] = True
+    copying = np.maximum(one_way - passes, 0).sum(axis=0)
     component = _components(plan.world_size, [np.frombuffer(key, dtype=np.int64) for key in rings])
     active = np.flatnonzero(present)
-    return SlotWork(ranks=active, ticks=ticks[active] + costs.constant, component=component[active])
+    ticks = passes.sum(axis=0) + copying + costs.constant
+    return SlotWork(ranks=active, ticks=ticks[active], component=component[active], copying=copying[active])
 
 
-def _packed_ring(costs: Costs, topology: Topology, sequences: list[int], group: IntArray) -> int:
+def _packed_ring(costs: Costs, topology: Topology, sequences: list[int], group: IntArray) -> IntArray:
+    """Ticks of forward and backward."""
     nodes = group // topology.ranks_per_node
     across = int(nodes.min() != nodes.max())
     size = len(group)
-    total = -(-int(costs.linear[sequences].sum()) // size)
+    linear = -(-int(costs.linear[sequences].sum()) // size)
+    forward = int(linear * costs.forward)
+    passes = [forward, linear - forward]
     for phase in (0, 1):
         attention = int(costs.attention[phase][sequences].sum())
         ring = int(costs.ring[across, phase][sequences].sum())
-        total += int(ring_phase(attention, ring, costs.latency[across], size))
-    return total
+        passes[phase] += int(ring_phase(attention, ring, costs.latency[across], size))
+    return np.array(passes, dtype=np.int64)
 
 
 def _components(world_size: int, groups: list[IntArray]) -> IntArray:
@@ -124,8 +151,10 @@ def evaluate(plan: Plan, cost: CostModel, topology: Topology) -> Evaluation:
     busy = np.zeros(plan.world_size, dtype=np.int64)
     clock = np.zeros(plan.world_size, dtype=np.int64)
     slot_ends = np.zeros(plan.slot_count, dtype=np.int64)
+    copying = np.zeros(plan.world_size, dtype=np.int64)
     for k, slot in enumerate(micro_batch_ticks(plan, costs, topology)):
         busy[slot.ranks] += slot.ticks
+        copying[slot.ranks] += slot.copying
         start = np.zeros(plan.world_size, dtype=np.int64)
         longest = np.zeros(plan.world_size, dtype=np.int64)
         np.maximum.at(start, slot.component, clock[slot.ranks])
@@ -134,4 +163,4 @@ def evaluate(plan: Plan, cost: CostModel, topology: Topology) -> Evaluation:
         if plan.regime == "slot":
             clock[:] = clock.max()
         slot_ends[k] = clock[slot.ranks].max(initial=0)
-    return Evaluation(makespan=int(clock.max()), busy=busy, finish=clock, slot_ends=slot_ends)
+    return Evaluation(makespan=int(clock.max()), busy=busy, finish=clock, slot_ends=slot_ends, copying=copying)

@@ -12,7 +12,7 @@ from math import ceil
 import numpy as np
 
 from hdp.balance.cost import CostModel
-from hdp.balance.plan import PlanError
+from hdp.balance.plan import Plan, PlanError
 
 KEPT_LAYERS = 2
 RATIO_STEP = 64
@@ -64,6 +64,13 @@ def moved_bytes(length: int, ranks: int, cost: CostModel, ratio: float) -> float
     return ratio * max(cost.layers - KEPT_LAYERS, 0) * cost.activation_bytes * length / ranks
 
 
+def most_moved(made: Plan, cost: CostModel) -> float:
+    """Bytes outside the device of the micro-batch of a plan that offloads most."""
+    tokens = {(rank, slot): held for rank, slot, held in zip(*(a.tolist() for a in made.held()), strict=True)}
+    layers = max(cost.layers - KEPT_LAYERS, 0) * cost.activation_bytes
+    return max((ratio * tokens[rank, slot] * layers for rank, slot, ratio in made.offload), default=0.0)
+
+
 def eq3(length: int, capacity: int, cost: CostModel) -> tuple[float, int]:
     """(ratio, ranks) of Eq. 3: the fewest ranks, then the smallest ratio that needs no more.
 
@@ -79,7 +86,7 @@ def eq3(length: int, capacity: int, cost: CostModel) -> tuple[float, int]:
     for step in range(first, round(hidden_ratio(length, cost) * RATIO_STEP) + 1):
         ratio = step / RATIO_STEP
         ranks = ranks_with(length, capacity, layers, ratio)
-        if not cost.host_memory or moved_bytes(length, ranks, cost, ratio) <= cost.host_memory:
+        if not cost.outside_memory or moved_bytes(length, ranks, cost, ratio) <= cost.outside_memory:
             best = min(best, (ranks, ratio))
     return best[1], best[0]
 

@@ -198,6 +198,24 @@ class Plan:
 
     # ---------------------------------------------------------------- the whole
 
+    def shares(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Rank, slot and tokens of every share that runs, by sequence and member."""
+        sizes = np.diff(self.group_offsets)
+        sequences = np.repeat(np.arange(len(sizes)), sizes)
+        members = np.arange(len(self.group_ranks)) - np.repeat(self.group_offsets[:-1], sizes)
+        lengths = self.lengths[sequences]
+        tokens = lengths // sizes[sequences] + (members < lengths % sizes[sequences])
+        running = self.slots[sequences] >= 0
+        return self.group_ranks[running], self.slots[sequences][running], tokens[running]
+
+    def held(self) -> tuple[IntArray, IntArray, IntArray]:
+        """Rank, slot and tokens of every micro-batch that holds any, ascending."""
+        ranks, slots, tokens = self.shares()
+        width = max(self.slot_count, 1)
+        keys, inverse = np.unique(ranks * width + slots, return_inverse=True)
+        held = np.bincount(inverse, weights=tokens, minlength=len(keys)).astype(np.int64)
+        return keys // width, keys % width, held
+
     def group_sizes(self) -> Counter[int]:
         """How many sequences run on groups of each size."""
         sizes = np.diff(self.group_offsets)[self.slots >= 0]
@@ -241,18 +259,12 @@ class Plan:
         if np.any((self.slots < 0) & (self.lengths > 0)):
             bad = int(np.flatnonzero((self.slots < 0) & (self.lengths > 0))[0])
             raise PlanError(f"sequence {bad} of {self.lengths[bad]} tokens has no slot")
-        self._validate_capacity(sequences, sizes)
+        self._validate_capacity()
 
-    def _validate_capacity(self, sequences: IntArray, sizes: IntArray) -> None:
-        members = np.arange(len(self.group_ranks)) - np.repeat(self.group_offsets[:-1], sizes)
-        lengths, group = self.lengths[sequences], sizes[sequences]
-        tokens = lengths // group + (members < lengths % group)
-        running = self.slots[sequences] >= 0
-        keys = self.group_ranks[running] * max(self.slot_count, 1) + self.slots[sequences][running]
-        unique, inverse = np.unique(keys, return_inverse=True)
-        held = np.bincount(inverse, weights=tokens[running], minlength=len(unique))
-        for i in np.flatnonzero(held > self.capacity):
-            rank, slot = divmod(int(unique[i]), max(self.slot_count, 1))
+    def _validate_capacity(self) -> None:
+        ranks, slots, held = self.held()
+        for i in np.flatnonzero(held > self.capacity).tolist():
+            rank, slot = int(ranks[i]), int(slots[i])
             if self._offload_ratios.get((rank, slot), 0.0) > 0 or slot in self.recompute:
                 continue
             raise PlanError(

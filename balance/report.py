@@ -8,12 +8,14 @@ import numpy as np
 
 from hdp.balance.cost import TICK, CostModel
 from hdp.balance.evaluate import Evaluation
-from hdp.balance.memory import kept_fraction
+from hdp.balance.memory import kept_fraction, most_moved
 from hdp.balance.plan import IntArray, Plan
 from hdp.balance.topology import Topology
 
 MOST_RANKS = 16
 """Ranks that the table lists; of larger worlds the busiest and the least busy."""
+MOST_FEWER = 8
+"""Documents listed for which offload spares ranks."""
 
 
 def describe(
@@ -43,7 +45,35 @@ def describe(
     if plan.offload:
         ratios = [ratio for _, _, ratio in plan.offload]
         lines.append(f"offload: {len(ratios)} micro-batches, ratio {min(ratios):.3f} to {max(ratios):.3f}")
+        lines.append("  " + _outside(plan, result, cost))
+        lines += _fewer_ranks(plan)
     return "\n".join([*lines, "", rank_table(plan, result, counts, held)])
+
+
+def _outside(plan: Plan, result: Evaluation, cost: CostModel) -> str:
+    """Bytes by tier, and what the copies cost."""
+    moved = most_moved(plan, cost)
+    host = min(moved, cost.host_memory) if cost.host_memory else moved
+    tiers = f"outside the device at the peak: {host / 1e9:.2f} GB a rank in host memory"
+    if moved > host:
+        tiers += f", {(moved - host) / 1e9:.2f} GB on disk"
+    shows = int(result.copying.max(initial=0))
+    if not cost.copy_bandwidth:
+        return f"{tiers}; what the copies cost is unknown: give the cost model's copy_bandwidth"
+    return f"{tiers}; copies show for {shows * TICK:.3g} s ({100 * shows / max(result.makespan, 1):.1f} % of the step)"
+
+
+def _fewer_ranks(plan: Plan) -> list[str]:
+    """Sequences on fewer ranks than would hold them without offload, by length."""
+    sizes = np.diff(plan.group_offsets)
+    plain = -(-plan.lengths // plan.capacity)
+    found = np.flatnonzero((sizes < plain) & (plan.slots >= 0))
+    found = found[np.argsort(-plan.lengths[found], kind="stable")]
+    lines = [
+        f"  document {i} of {plan.lengths[i]} tokens: {sizes[i]} ranks instead of {plain[i]}"
+        for i in found[:MOST_FEWER].tolist()
+    ]
+    return lines + ([f"  and {len(found) - MOST_FEWER} more"] if len(found) > MOST_FEWER else [])
 
 
 def _shorten(groups: str) -> str:
@@ -53,35 +83,21 @@ def _shorten(groups: str) -> str:
 
 def _per_rank(plan: Plan) -> tuple[IntArray, IntArray]:
     """Micro-batches and tokens of each rank."""
-    ranks, slots, tokens = _shares(plan)
-    keys = np.unique(ranks * max(plan.slot_count, 1) + slots)
-    counts = np.bincount(keys // max(plan.slot_count, 1), minlength=plan.world_size)
+    ranks, _, tokens = plan.held()
+    counts = np.bincount(ranks, minlength=plan.world_size)
     if plan.regime == "slot":
         counts = np.full(plan.world_size, plan.slot_count)
     return counts, np.bincount(ranks, weights=tokens, minlength=plan.world_size).astype(np.int64)
 
 
-def _shares(plan: Plan) -> tuple[IntArray, IntArray, IntArray]:
-    """Rank, slot and tokens of every share that runs."""
-    sizes = np.diff(plan.group_offsets)
-    sequences = np.repeat(np.arange(len(sizes)), sizes)
-    members = np.arange(len(plan.group_ranks)) - np.repeat(plan.group_offsets[:-1], sizes)
-    lengths = plan.lengths[sequences]
-    tokens = lengths // sizes[sequences] + (members < lengths % sizes[sequences])
-    running = plan.slots[sequences] >= 0
-    return plan.group_ranks[running], plan.slots[sequences][running], tokens[running]
-
-
 def activation_peak(plan: Plan, cost: CostModel) -> float:
     """Bytes of activations of the fullest micro-batch, what it offloads taken off."""
-    ranks, slots, tokens = _shares(plan)
+    ranks, slots, held = plan.held()
     if not len(ranks):
         return 0.0
-    width = max(plan.slot_count, 1)
-    keys, inverse = np.unique(ranks * width + slots, return_inverse=True)
-    held = np.bincount(inverse, weights=tokens)
-    ratios = {rank * width + slot: ratio for rank, slot, ratio in plan.offload}
-    kept = [float(kept_fraction(cost.layers, ratios.get(int(key), 0.0))) for key in keys] if ratios else 1.0
+    ratios = {(rank, slot): ratio for rank, slot, ratio in plan.offload}
+    at = zip(ranks.tolist(), slots.tolist(), strict=True)
+    kept = [float(kept_fraction(cost.layers, ratios.get(key, 0.0))) for key in at] if ratios else 1.0
     return float((held * kept).max()) * cost.activation_bytes * cost.layers
 
 

@@ -10,49 +10,84 @@ from __future__ import annotations
 import numpy as np
 
 from hdp import _planner
-from hdp.balance.memory import capacity_with
-from hdp.balance.plan import IntArray, Plan
+from hdp.balance.evaluate import Evaluation, evaluate
+from hdp.balance.memory import capacity_with, most_moved
+from hdp.balance.plan import IntArray, Plan, PlanError
 from hdp.balance.planners.problem import Problem
 
 STEP_EFFORT = 12
 SLOT_EFFORT = 24
+RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Offload ratios up to which a plan is made, as parts of the ratio allowed."""
 
 
-def terms(problem: Problem, order: IntArray) -> IntArray:
-    """What the search reads: int64 [9, sequences of ``order``], see ``csrc/planner.cpp``."""
+def terms(problem: Problem, order: IntArray, room: int) -> IntArray:
+    """What the search reads: int64 [9, sequences of ``order``], see ``csrc/planner.cpp``; ``room``: tokens of a share."""
     costs = problem.costs
     lengths = costs.lengths[order]
     # Ranks that run freely pay a micro-batch's constant by the tokens that fill it; in regime slot all pay it at once.
     constant = costs.constant if problem.regime == "step" else 0
     linear = costs.linear[order] + constant * lengths // problem.capacity
-    rows = [lengths, smallest_groups(problem, lengths), linear, *costs.attention[:, order]]
+    rows = [lengths, -(-lengths // room), linear, *costs.attention[:, order]]
     rows += [costs.ring[0, 0][order], costs.ring[0, 1][order], costs.ring[1, 0][order], costs.ring[1, 1][order]]
     return np.ascontiguousarray(np.stack(rows), dtype=np.int64)
 
 
-def smallest_groups(problem: Problem, lengths: IntArray) -> IntArray:
-    """Fewest ranks of each sequence: without offload, unless only offload makes it fit the cluster."""
-    smallest = -(-lengths // problem.capacity)
-    if problem.offload == 0:
-        return smallest
-    largest = capacity_with(problem.capacity, problem.cost.layers, problem.offload)
-    return np.where(smallest <= problem.world_size, smallest, -(-lengths // largest))
-
-
 def make(problem: Problem, name: str) -> Plan:
-    """The best plan within the budget of targets."""
+    """The best plan within the budget of targets, over ratios up to which activations may be offloaded.
+
+    A ratio decides how many tokens a share of a long sequence may hold, and in regime ``slot`` a micro-batch: fewer ranks a
+    sequence, fewer slots. Plans whose copies show are taken when they are faster all the same, or, if only copies that hide
+    are allowed, when no other plan fits.
+    """
+    longest = int(problem.lengths.max(initial=0))
+    plans: list[tuple[tuple[bool, int, float], Plan]] = []
+    for ratio in _ratios(problem, longest):
+        room = capacity_with(problem.capacity, problem.cost.layers, ratio)
+        made = search(problem, name, room)
+        if problem.cost.outside_memory and most_moved(made, problem.cost) > problem.cost.outside_memory:
+            continue
+        result = evaluate(made, problem.cost, problem.topology)
+        shows = problem.offload_hidden_only and _shows(result)
+        plans.append(((shows, result.makespan, ratio), made))
+    if not plans:
+        raise PlanError(
+            f"{problem.cost.outside_memory:.4g} bytes of host memory and disk a rank do not hold what the batch must offload:"
+            " raise host_memory, disk_memory or the capacity, or use more ranks"
+        )
+    return min(plans, key=lambda entry: entry[0])[1]
+
+
+def _ratios(problem: Problem, longest: int) -> list[float]:
+    """Ratios worth a plan: 0 where everything fits without, and each that makes more room for something."""
+    fits = longest <= problem.world_size * problem.capacity
+    gains = problem.regime == "slot" or longest > problem.capacity
+    if problem.offload == 0 or (fits and not gains):
+        return [0.0]
+    ratios = sorted({part * problem.offload for part in RATIOS})
+    layers = problem.cost.layers
+    return [r for r in ratios if longest <= problem.world_size * capacity_with(problem.capacity, layers, r)]
+
+
+def _shows(result: Evaluation) -> bool:
+    """Whether copies take more than 1/1024 of the step on some rank."""
+    return int(result.copying.max(initial=0)) * 1024 > result.makespan
+
+
+def search(problem: Problem, name: str, room: int) -> Plan:
+    """The best plan whose shares hold at most ``room`` tokens."""
     order = problem.descending
     topology = problem.topology
-    effort = STEP_EFFORT if problem.regime == "step" else SLOT_EFFORT
+    slot = problem.regime == "slot"
     slots, offsets, ranks, _ = _planner.solve(
-        terms(problem, order),
+        terms(problem, order, room),
         topology.world_size,
         topology.ranks_per_node,
-        problem.capacity,
+        room if slot else problem.capacity,
         *problem.costs.latency,
         problem.costs.constant,
         problem.regime,
-        effort,
+        SLOT_EFFORT if slot else STEP_EFFORT,
     )
     return in_batch_order(problem, name, order, slots, offsets, ranks)
 

@@ -70,19 +70,10 @@ class Problem:
 
     def with_offload(self, made: Plan) -> Plan:
         """``made`` with the smallest ratio that lets each micro-batch fit."""
-        sizes = np.diff(made.group_offsets)
-        sequences = np.repeat(np.arange(len(sizes)), sizes)
-        members = np.arange(len(made.group_ranks)) - np.repeat(made.group_offsets[:-1], sizes)
-        tokens = self.lengths[sequences] // sizes[sequences]
-        tokens = tokens + (members < self.lengths[sequences] % sizes[sequences])
-        running = made.slots[sequences] >= 0
-        keys = made.group_ranks[running] * max(made.slot_count, 1) + made.slots[sequences][running]
-        unique, inverse = np.unique(keys, return_inverse=True)
-        held = np.bincount(inverse, weights=tokens[running], minlength=len(unique)).astype(np.int64)
+        ranks, slots, held = made.held()
         entries = []
         for i in np.flatnonzero(held > self.capacity).tolist():
-            rank, slot = divmod(int(unique[i]), max(made.slot_count, 1))
             ratio = ratio_for(int(held[i]), self.capacity, self.cost.layers)
-            entries.append((rank, slot, 1.0 if ratio is None else ratio))
+            entries.append((int(ranks[i]), int(slots[i]), 1.0 if ratio is None else ratio))
         fields = {name: getattr(made, name) for name in made.__dataclass_fields__}
         return Plan(**{**fields, "offload": tuple(entries)})

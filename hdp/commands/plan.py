@@ -69,6 +69,8 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--intra-bandwidth", type=float, help="bytes per second between ranks of a node")
     parser.add_argument("--inter-bandwidth", type=float, help="bytes per second and rank between nodes")
     parser.add_argument("--copy-bandwidth", type=float, help="bytes per second and rank between device and host")
+    parser.add_argument("--host-memory", type=float, default=0.0, help="bytes a rank may offload; default: unlimited")
+    parser.add_argument("--disk-memory", type=float, default=0.0, help="bytes on a local disk beyond --host-memory")
     parser.add_argument("--overhead", type=float, default=0.0, help="seconds per layer and micro-batch; default: 0")
     parser.add_argument(
         "--offload", default="off", help="off, auto, or the largest ratio allowed, 0 to 1; default: off"
@@ -95,7 +97,9 @@ def cluster_of(arguments: argparse.Namespace) -> tuple[Topology, CostModel]:
         device_memory=device.memory,
         world_size=arguments.world_size,
     )
-    return topology, replace(cost, constant=arguments.overhead)
+    return topology, replace(
+        cost, constant=arguments.overhead, host_memory=arguments.host_memory, disk_memory=arguments.disk_memory
+    )
 
 
 def measured_cluster(arguments: argparse.Namespace, measured: Profile) -> tuple[Topology, CostModel]:
@@ -105,6 +109,7 @@ def measured_cluster(arguments: argparse.Namespace, measured: Profile) -> tuple[
     cost = measured.cost
     if arguments.copy_bandwidth is not None:
         cost = replace(cost, copy_bandwidth=arguments.copy_bandwidth)
+    cost = replace(cost, host_memory=arguments.host_memory, disk_memory=arguments.disk_memory)
     topology = replace(measured, **links).topology(  # type: ignore[arg-type]
         world_size=arguments.world_size, ranks_per_node=arguments.ranks_per_node
     )

@@ -1,0 +1,137 @@
+"""Plans that offload: what copies cost, fewer ranks, fewer slots, and what host memory holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hdp.balance import CostModel, Link, Plan, PlanError, Topology, evaluate, plan
+from hdp.balance.cost import TICK
+from hdp.balance.memory import capacity_with, most_moved
+from hdp.cli import main
+
+LAYERS, CAPACITY, RANKS = 18, 1000, 4
+COST = CostModel(
+    layers=LAYERS,
+    quadratic=1e-9,
+    linear=1e-5,
+    constant=0.01,
+    ring_bytes=1e3,
+    ring_bytes_backward=2e3,
+    activation_bytes=1e4,
+    copy_bandwidth=5e9,
+)
+TOPOLOGY = Topology(
+    world_size=RANKS,
+    ranks_per_node=1,
+    intra=Link(bandwidth=1e9, latency=1e-5),
+    inter=Link(bandwidth=1e8, latency=1e-4),
+)
+
+
+def test_copies_that_do_not_hide_count() -> None:
+    """One document of 2,000 tokens on a rank of 1,000: by hand, a disk so slow that copying outlasts computing."""
+    slow = replace(COST, copy_bandwidth=1e8)
+    made = Plan.from_groups(
+        [2000], [(0,)], [0], world_size=RANKS, capacity=CAPACITY, regime="step", planner="hand", offload=((0, 0, 1.0),)
+    )
+    forward = LAYERS * (1e-9 * 2000**2 + 1e-5 * 2000)
+    backward = LAYERS * (2.5e-9 * 2000**2 + 2e-5 * 2000)
+    copy = (LAYERS - 2) * 1e4 * 2000 / 1e8
+    result = evaluate(made, slow, TOPOLOGY)
+    assert result.copying[0] * TICK == pytest.approx(max(copy - forward, 0) + max(copy - backward, 0), rel=1e-6)
+    assert result.seconds == pytest.approx(max(copy, forward) + max(copy, backward) + LAYERS * 0.01, rel=1e-6)
+    assert evaluate(made, COST, TOPOLOGY).copying.max() == 0
+
+
+def test_offload_spares_slots() -> None:
+    """Regime slot: with twice the room half of the slots are enough, and half of what each slot costs."""
+    lengths = [900, 950, 800, 990] * 8
+    without = plan(lengths, TOPOLOGY, COST, capacity=CAPACITY, regime="slot")
+    made = plan(lengths, TOPOLOGY, COST, capacity=CAPACITY, regime="slot", offload="auto")
+    made.validate()
+    assert without.slot_count == 8 and made.slot_count <= 4
+    result = evaluate(made, COST, TOPOLOGY)
+    assert result.makespan < evaluate(without, COST, TOPOLOGY).makespan
+    assert result.copying.max() == 0
+
+
+def test_copies_that_show_are_taken_only_if_nothing_else_fits() -> None:
+    slow = replace(COST, copy_bandwidth=1e7)
+    for regime in ("step", "slot"):
+        made = plan([900, 3500, 50], TOPOLOGY, slow, capacity=CAPACITY, regime=regime, offload="auto")
+        assert not made.offload
+        made = plan([900, 4500, 50], TOPOLOGY, slow, capacity=CAPACITY, regime=regime, offload="auto")
+        assert made.offload and evaluate(made, slow, TOPOLOGY).copying.max() > 0
+
+
+def test_fewer_ranks_where_the_ring_would_show() -> None:
+    """Eq. 3 and the links together: across slow links one rank that offloads beats a ring of two."""
+    slow = replace(TOPOLOGY, inter=Link(bandwidth=1e6, latency=1e-4))
+    without = plan([1900, 100], slow, COST, capacity=CAPACITY)
+    made = plan([1900, 100], slow, COST, capacity=CAPACITY, offload="auto")
+    assert len(without.group(0)) >= 2 and len(made.group(0)) == 1
+    assert evaluate(made, COST, slow).makespan < evaluate(without, COST, slow).makespan
+
+
+def test_host_memory_bounds_what_leaves() -> None:
+    lengths = [900, 950, 800, 990] * 8
+    free = plan(lengths, TOPOLOGY, COST, capacity=CAPACITY, regime="slot", offload="auto")
+    little = replace(COST, host_memory=most_moved(free, COST) / 3)
+    made = plan(lengths, TOPOLOGY, little, capacity=CAPACITY, regime="slot", offload="auto")
+    assert most_moved(made, little) <= little.host_memory < most_moved(free, COST)
+    more = replace(little, disk_memory=most_moved(free, COST))
+    assert plan(lengths, TOPOLOGY, more, capacity=CAPACITY, regime="slot", offload="auto").digest == free.digest
+    with pytest.raises(PlanError, match="do not hold what the batch must offload"):
+        plan([7900], TOPOLOGY, replace(COST, host_memory=1.0), capacity=CAPACITY, offload=1.0)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 4000), min_size=1, max_size=30),
+    allowed=st.sampled_from(["auto", 0.3, 0.5, 1.0]),
+    regime=st.sampled_from(["step", "slot"]),
+    bandwidth=st.sampled_from([1e7, 1e9, 1e12]),
+)
+@settings(max_examples=80, deadline=None)
+def test_offload_never_makes_it_slower(lengths: list[int], allowed: object, regime: str, bandwidth: float) -> None:
+    cost = replace(COST, copy_bandwidth=bandwidth)
+    made = plan(lengths, TOPOLOGY, cost, capacity=CAPACITY, regime=regime, offload=allowed)
+    made.validate()
+    without = plan(lengths, TOPOLOGY, cost, capacity=CAPACITY, regime=regime)
+    assert evaluate(made, cost, TOPOLOGY).makespan <= evaluate(without, cost, TOPOLOGY).makespan
+    largest = 1.0 if allowed == "auto" else allowed
+    most = capacity_with(CAPACITY, LAYERS, largest)
+    assert (made.held()[2] <= most).all()
+    assert all(0 < ratio <= largest + 1 / 64 for _, _, ratio in made.offload)
+
+
+def test_the_command_says_what_leaves(tmp_path, capsys) -> None:
+    lengths = tmp_path / "lengths"
+    lengths.write_text("40000\n9000\n9000\n")
+    out = tmp_path / "plan.json"
+    common = ["plan", "--lengths", str(lengths), "--world-size", "4", "--capacity", "8192", "--offload", "1"]
+    assert main([*common, "--regime", "step", "--json", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "GB a rank in host memory" in text and "copies show for" in text
+    assert "document 0 of 40000 tokens:" in text and "ranks instead of 5" in text
+    ratios = [mb["offload_ratio"] for mb in json.loads(out.read_text())["micro_batches"]]
+    assert max(ratios) > 0
+    assert main([*common, "--host-memory", "1e9"]) == 3
+    assert "host memory" in capsys.readouterr().err
+
+
+def test_evaluation_without_offload_is_what_it_was() -> None:
+    """Forward and backward apart add up to the whole."""
+    lengths = [900, 3500, 50, 2200]
+    made = plan(lengths, TOPOLOGY, COST, capacity=CAPACITY)
+    costs = COST.quantise(lengths, TOPOLOGY)
+    alone = Plan.from_groups(
+        lengths, [(i,) for i in range(4)], [0] * 4, world_size=4, capacity=4000, regime="step", planner="x"
+    )
+    assert evaluate(alone, COST, TOPOLOGY).busy.tolist() == (costs.work + costs.constant).tolist()
+    assert evaluate(made, COST, TOPOLOGY).makespan >= int(np.ceil(costs.work.sum() / RANKS))
