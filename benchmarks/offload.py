@@ -1,12 +1,16 @@
 """Memory and time of offloading saved activations: a Llama with SmolLM2-135M's layer shape on one rank.
 
-    OMP_NUM_THREADS=1 python benchmarks/offload.py --folder /local/scratch
+    OMP_NUM_THREADS=1 python benchmarks/offload.py --folder /local/scratch [--cluster PATH]
 
 Every setting runs in one process, one after the other, in as many rounds as given; a setting's time is the median of its
 ratios to the ``r=0`` of the same round. Memory is the process's peak resident set during the step less what it held
 before (saved activations, and whatever else a step needs), and, apart from that, the engine's own count of saved
 activations. The disk tier uses O_DIRECT, so that no page cache holds what has left. The head has a small vocabulary:
-logits, which no setting touches, would hide the rest. The last line is one JSON object.
+logits, which no setting touches, would hide the rest.
+
+With ``--cluster`` (see benchmarks/training.py) also whole steps over four hosts, planned with offload and without, in turn:
+``two_hosts_vs_four``: a document that needs four hosts without and two with; ``slots_with_vs_without``: regime slot, where
+room outside means fewer slots. Both are step times with offload over those without. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,8 +21,11 @@ import ctypes
 import fcntl
 import gc
 import json
+import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -170,6 +177,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tolerance", type=float, default=0.02, help="noise allowed when the envelope is judged")
+    parser.add_argument("--cluster", help="program that starts one process per host with limited links")
     parser.add_argument("--lock", help="file to lock exclusively while steps are timed")
     parser.add_argument("--turn", type=float, default=60.0, help="seconds after which the lock is let go between steps")
     args = parser.parse_args()
@@ -195,10 +203,63 @@ def main() -> None:
                     with turn.alone():
                         steps.append(run_step(model, engine, ids, setting, round_))
     turn.end()
-    report(args, steps, bandwidth)
+    result = report(args, steps, bandwidth)
+    if args.cluster:
+        result |= over_hosts(args)
+    print(json.dumps(result))
 
 
-def report(args: argparse.Namespace, steps: list[Step], bandwidth: Any) -> None:
+WORKER = Path(__file__).with_name("training_worker.py")
+LINK_MBIT = 124
+"""At which the static mesh spends half of its step on communication (benchmarks/training.py)."""
+BATCHES = {
+    "two_hosts_vs_four": ("step", "giant", 1024),
+    "slots_with_vs_without": ("slot", "long-tail", 1280),
+}
+"""Regime, batch and capacity."""
+
+
+def over_hosts(args: argparse.Namespace) -> dict[str, float]:
+    """Median step time with offload over that without, in turn, on four hosts of half a core."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        start = [args.cluster, "-n", "4", "-r", f"{LINK_MBIT}mbit", "-c", "50", "--", sys.executable, str(WORKER)]
+        command = [*start, *arguments, "--folder", args.folder, "--rate", str(LINK_MBIT * 1e6 / 8)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=600)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    figures = {}
+    for name, (regime, batch, capacity) in BATCHES.items():
+        fit = json.dumps(run("fit", "--regime", regime))
+        seconds: dict[str, list[float]] = {"off": [], "auto": []}
+        for offload in ("off", "auto", "off", "auto"):
+            options = [
+                "--regime",
+                regime,
+                "--batch",
+                batch,
+                "--capacity",
+                str(capacity),
+                "--repeats",
+                "2",
+                "--fit",
+                fit,
+            ]
+            step = run("steps", *options, "--offload", offload)
+            seconds[offload] += step["seconds"]
+            print(
+                f"{name}, offload {offload}: {statistics.median(step['seconds']):.2f} s a step, groups {step['groups']}, "
+                f"{step['slots']} slots, ratio up to {step['offload']:.2f}",
+                flush=True,
+            )
+        figures[name] = statistics.median(seconds["auto"]) / statistics.median(seconds["off"])
+    return figures
+
+
+def report(args: argparse.Namespace, steps: list[Step], bandwidth: Any) -> dict[str, Any]:
     result: dict[str, Any] = {}
     envelope = True
     for tokens in args.tokens:
@@ -226,7 +287,7 @@ def report(args: argparse.Namespace, steps: list[Step], bandwidth: Any) -> None:
     result["machine"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} compute thread(s)"
     result["disk_bytes_per_second"] = asdict(bandwidth)
     result["date"] = time.strftime("%Y-%m-%d")
-    print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":

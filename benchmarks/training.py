@@ -87,9 +87,9 @@ def against_static(cluster: str) -> dict[str, float]:
         fit = on_cluster(cluster, f"{rate}mbit", "fit", "--regime", regime)
         print(f"one host, {regime}: {fit}")
         times: dict[str, list[float]] = {"static": [], "auto": []}
-        for _ in range(2):  # interleaved
+        for _ in range(2):  # in turn
             for planner in times:
-                options = ["--planner", planner, "--regime", regime, "--repeats", "3", "--fit", json.dumps(fit)]
+                options = ["--planner", planner, "--regime", regime, "--repeats", "2", "--fit", json.dumps(fit)]
                 result = on_cluster(cluster, f"{rate}mbit", "steps", *options, "--rate", str(rate * 1e6 / 8))
                 times[planner] += result["seconds"]
                 print(

@@ -6,11 +6,13 @@ import argparse
 import functools
 import json
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -18,6 +20,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import hdp
 from hdp.balance import CostModel, Link, Topology
 from hdp.balance.distributions import draw_lengths
+from hdp.offload import FileTier, OffloadEngine
+from hdp.parallel.activations import Activations
 
 VOCABULARY = 2048
 
@@ -168,13 +172,17 @@ SCALE = 32
 """GitHub-like lengths of contexts of 256K, divided by this: 187 documents, 22,723 tokens, the longest 4,450."""
 
 
-def long_tail() -> list[Tensor]:
-    lengths = np.maximum(draw_lengths("github", tokens=20_000 * SCALE, context=262_144, seed=1) // SCALE, 1)
+def documents_of(batch: str, capacity: int) -> list[Tensor]:
+    """``long-tail``, or ``giant``: a document that fills the capacity of four hosts, and short ones with as much work."""
+    if batch == "giant":
+        lengths = np.array([4 * capacity - 100, *[300] * 24, *[150] * 24])
+    else:
+        lengths = np.maximum(draw_lengths("github", tokens=20_000 * SCALE, context=262_144, seed=1) // SCALE, 1)
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, VOCABULARY, (n,), generator=generator) for n in lengths.tolist()]
 
 
-def fit(world: hdp.World, regime: str) -> dict:
+def fit(world: hdp.World, regime: str, folder: str) -> dict:
     """Seconds of a whole local micro-batch, forward and backward, by length: least squares of a s^2 + b s + c.
 
     Of computation; in regime slot the constant is with what shows of the parameters that each micro-batch gathers.
@@ -198,7 +206,16 @@ def fit(world: hdp.World, regime: str) -> dict:
     columns = np.array([[n * n, n, 1.0] for n in lengths]) / np.array(seconds)[:, None]
     gather = statistics.median(shown) if regime == "slot" else 0.0
     a, b, c = np.linalg.lstsq(columns, np.ones(len(lengths)), rcond=None)[0]
-    return {"quadratic": max(float(a), 0.0), "linear": max(float(b), 1e-9), "constant": max(float(c), 0.0) + gather}
+    with OffloadEngine([FileTier(folder)]) as store:
+        mine = store.measure(nbytes=64 << 20, barrier=dist.barrier)
+    copies = torch.tensor(min(mine.out, mine.back))
+    dist.all_reduce(copies, dist.ReduceOp.MIN)  # all hosts share a disk here
+    return {
+        "quadratic": max(float(a), 0.0),
+        "linear": max(float(b), 1e-9),
+        "constant": max(float(c), 0.0) + gather,
+        "copy_bandwidth": float(copies),
+    }
 
 
 def whole(lengths, *, world_size: int, capacity: int, regime: str, **_) -> hdp.Plan:
@@ -212,6 +229,7 @@ def whole(lengths, *, world_size: int, capacity: int, regime: str, **_) -> hdp.P
 def cost_model(fitted: dict, layers: int = 4) -> CostModel:
     """Forward shares of the fitted times: attention 1 / 3.5 of its part, all else 1 / 3."""
     kv_bytes = 2 * 4 * 32 * 4  # K and V, 4 heads of 32, fp32
+    shape = CostModel.from_shape(small_llama("hdp").config, flops=1e9, bytes_per_element=4)
     return CostModel(
         layers=layers,
         quadratic=fitted["quadratic"] / 3.5 / layers,
@@ -219,6 +237,8 @@ def cost_model(fitted: dict, layers: int = 4) -> CostModel:
         constant=fitted["constant"] / layers,
         ring_bytes=kv_bytes,
         ring_bytes_backward=2 * kv_bytes,
+        activation_bytes=shape.activation_bytes,
+        copy_bandwidth=fitted.get("copy_bandwidth", 0.0),
     )
 
 
@@ -226,25 +246,28 @@ def steps(world: hdp.World, options: argparse.Namespace) -> dict:
     engine = hdp.shard(small_llama("hdp"), world, regime=options.regime)
     optimizer = torch.optim.AdamW(engine.parameters(), lr=1e-4)
     plan_options: dict = {}
+    if options.offload != "off":
+        plan_options["offload"] = options.offload
+        engine.activations = Activations(store=OffloadEngine([FileTier(options.folder)]))
     if options.fit:
         link = Link(bandwidth=options.rate, latency=2e-4)
-        plan_options = {
+        plan_options |= {
             "cost": cost_model(json.loads(options.fit)),
             "topology": Topology(world_size=world.world_size, ranks_per_node=1, intra=link, inter=link),
         }
-    documents = long_tail()
+    documents = documents_of(options.batch, options.capacity)
     loader = hdp.Loader(
         documents,
         world,
         tokens_per_step=sum(map(len, documents)),
-        capacity=CAPACITY,
+        capacity=options.capacity,
         planner=options.planner,
         regime=options.regime,
         seed=None,
         steps=options.repeats + 1,
         **plan_options,
     )
-    seconds, waiting, sent, groups = [], [], 0, ""
+    seconds, waiting, sent = [], [], 0
     for batch in loader:
         before = world.channel.sent_bytes
         result = engine.forward_backward(batch)
@@ -254,8 +277,17 @@ def steps(world: hdp.World, options: argparse.Namespace) -> dict:
         if batch.step:
             seconds.append(result.seconds)
             waiting.append(result.waiting_share)
-        sent, groups = world.channel.sent_bytes - before, batch.plan.describe_groups()
-    return {"seconds": seconds, "waiting": statistics.median(waiting), "sent_bytes": sent, "groups": groups}
+        sent, made = world.channel.sent_bytes - before, batch.plan
+    if engine.activations is not None:
+        engine.activations.store.close()
+    return {
+        "seconds": seconds,
+        "waiting": statistics.median(waiting),
+        "sent_bytes": sent,
+        "groups": made.describe_groups(),
+        "slots": made.slot_count,
+        "offload": max((ratio for _, _, ratio in made.offload), default=0.0),
+    }
 
 
 def main() -> None:
@@ -267,6 +299,10 @@ def main() -> None:
     parser.add_argument("--planner", default="auto")
     parser.add_argument("--regime", default="step")
     parser.add_argument("--fit", default="")
+    parser.add_argument("--batch", choices=["long-tail", "giant"], default="long-tail")
+    parser.add_argument("--capacity", type=int, default=CAPACITY)
+    parser.add_argument("--offload", default="off")
+    parser.add_argument("--folder", default=tempfile.gettempdir(), help="on a local disk, for what is offloaded")
     parser.add_argument("--rate", type=float, default=1e9, help="bytes per second of a link, for the planner")
     options = parser.parse_args()
     if options.part == "loss-memory":
@@ -278,7 +314,7 @@ def main() -> None:
         elif options.part == "tax-memory":
             result = tax_memory(world, options)
         elif options.part == "fit":
-            result = fit(world, options.regime)
+            result = fit(world, options.regime, options.folder)
         else:
             result = steps(world, options)
         if world.rank == 0:
