@@ -28,6 +28,8 @@ class Chooser:
     """Ranks that reach each other over the inner links; None: all."""
     step_seconds: float = 3e-5
     """Cost of a program step on the host."""
+    byte_seconds: float = 0.0
+    """What a byte sent or received takes from computation."""
     kept_limit: float | None = None
     """Bytes a layer may keep from forward to backward; None: any."""
 
@@ -55,7 +57,12 @@ class Chooser:
                 input_bytes=geometry.wire_bytes,
             ),
             links=self.links,
-            rates=Rates(forward=forward, backward=forward / self.backward_factor, step_seconds=self.step_seconds),
+            rates=Rates(
+                forward=forward,
+                backward=forward / self.backward_factor,
+                step_seconds=self.step_seconds,
+                byte_seconds=self.byte_seconds,
+            ),
             mask=mask,
             layout=layout,
             nodes=nodes,

@@ -3,7 +3,7 @@
 Each candidate's programs are walked (``hdp.attention.counts``) for the members at the ends of the group. A step
 takes as long as the longer of its computation and its slowest link, so
 
-    seconds = sum over steps of max(area / rate, latency + bytes on the slowest link / its rate),
+    seconds = sum over steps of max(area / rate + all bytes x byte_seconds, latency + bytes on the slowest link / its rate),
 
 the slowest member counts, forward and backward apart. Among candidates within 1 % of the cheapest the one that sends least
 is taken: what is hidden here still uses links that others need.
@@ -69,10 +69,12 @@ class Rates:
     """The same in backward; about forward / 2.5."""
     step_seconds: float = 0.0
     """Fixed cost of each step on the host."""
+    byte_seconds: float = 0.0
+    """What a byte sent or received takes from computation: on CPUs the same core does both, on GPUs next to nothing."""
 
     def __post_init__(self) -> None:
-        if not (self.forward > 0 and self.backward > 0 and self.step_seconds >= 0):
-            raise ValueError(f"rates must be positive and the cost of a step not negative: {self}")
+        if not (self.forward > 0 and self.backward > 0 and self.step_seconds >= 0 and self.byte_seconds >= 0):
+            raise ValueError(f"rates must be positive and the costs of steps and bytes not negative: {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,8 +265,8 @@ def _largest(name: str, backward: bool, static: Static) -> tuple[float, float, f
 
 @dataclass(frozen=True, kw_only=True)
 class _Profile:
-    steps: tuple[tuple[tuple[int, int, int], int], ...]
-    """((area, bytes on the slowest inner link, on the slowest outer link), how many such steps)."""
+    steps: tuple[tuple[tuple[int, int, int, int], int], ...]
+    """((area, bytes on the slowest inner link, on the slowest outer link, all bytes), how many such steps)."""
     sent_bytes: int
     peak_bytes: int
     kept_bytes: int
@@ -280,7 +282,12 @@ def _profile(
     program = (schedule.backward if backward else schedule.forward)(layout, mask, heads, member)
     counted = count(program, layout, mask, heads, member, sizes, backward)
     steps = Counter(
-        (s.area, _load(s, kind, nodes, member, is_outer=False), _load(s, kind, nodes, member, is_outer=True))
+        (
+            s.area,
+            _load(s, kind, nodes, member, is_outer=False),
+            _load(s, kind, nodes, member, is_outer=True),
+            sum(s.sent.values()) + sum(s.received.values()),
+        )
         for s in counted.steps
     )
     return _Profile(
@@ -304,9 +311,11 @@ def _seconds(profile: _Profile, case: Case, scale: float, areas: float, backward
     links, rates = case.links, case.rates
     rate = rates.backward if backward else rates.forward
     total = 0.0
-    for (area, inner, outer), times in profile.steps:
+    for (area, inner, outer, handled), times in profile.steps:
         transfer = 0.0
         if inner or outer:
             transfer = links.latency + max(inner * scale / links.inner_rate, outer * scale / links.outer_rate)
-        total += times * (rates.step_seconds + max(area * areas / rate, transfer))
+        total += times * (
+            rates.step_seconds + max(area * areas / rate + handled * scale * rates.byte_seconds, transfer)
+        )
     return total

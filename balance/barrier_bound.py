@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hdp.balance.bounds import fewest_ranks, shortest_share, step_bound
+from hdp.balance.memory import capacity_with
 from hdp.balance.plan import IntArray, PlanError
 from hdp.balance.planners.problem import Problem
 
@@ -124,7 +125,7 @@ def _solve(
         from scipy.sparse import coo_matrix
     except ImportError as error:
         raise PlanError("the bound of regime slot needs scipy: pip install 'hdp[flexsp]'") from error
-    room = float(problem.world_size * problem.capacity)
+    room = float(problem.world_size * capacity_with(problem.capacity, problem.cost.layers, problem.offload))
     scale = float(grid[-1])
     lower = np.concatenate([[0.0], grid]) / scale
     upper = np.concatenate([grid, [1e3 * grid[-1]]]) / scale

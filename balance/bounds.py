@@ -1,6 +1,6 @@
 """What no plan can beat: lower bounds on the makespan, in ticks.
 
-Offload is not counted against a plan, so a bound holds with and without it.
+A bound holds for plans that offload up to the problem's ratio: copies are not charged, and tokens fill the room that it makes.
 """
 
 from __future__ import annotations

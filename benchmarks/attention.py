@@ -77,10 +77,17 @@ class Speed:
     forward: float
     """Seconds."""
     backward: float
+    byte_seconds: float
+    """What a byte sent or received takes from the tiles, on links that do not limit."""
 
     def rates(self, tokens: int, heads: int, hosts: int) -> Rates:
         area = tokens * (tokens + 1) / 2 * heads / hosts
-        return Rates(forward=area / self.forward, backward=area / self.backward, step_seconds=1e-3)
+        return Rates(
+            forward=area / self.forward,
+            backward=area / self.backward,
+            step_seconds=1e-3,
+            byte_seconds=self.byte_seconds,
+        )
 
 
 def spread(values: Sequence[float]) -> str:
@@ -100,12 +107,15 @@ def sent(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: b
 
 def speed(cluster: Cluster, tokens: int, heads: tuple[int, int], hosts: int) -> Speed:
     """Measured with links that do not limit."""
-    seconds = []
+    seconds, lost, handled = [], 0.0, 0.0
     for parts in ("forward", "backward"):
         candidates = ["hdp:ring/ring", "quiet:ring/ring"]
-        found = cluster.run(hosts, None, tokens=tokens, heads=heads, candidates=candidates, rounds=3, parts=parts)
-        seconds.append(statistics.median(found["quiet:ring/ring"]["seconds"]))
-    return Speed(*seconds)
+        found = cluster.run(hosts, None, tokens=tokens, heads=heads, candidates=candidates, rounds=4, parts=parts)
+        whole, quiet = (statistics.median(found[c]["seconds"]) for c in candidates)
+        seconds.append(quiet)
+        lost += whole - quiet
+        handled += 2 * max(sent("ring", tokens, heads, hosts, backward=parts == "backward"))
+    return Speed(*seconds, byte_seconds=max(lost, 0.0) / handled)
 
 
 def rate_for(ratio: float, tokens: int, heads: tuple[int, int], hosts: int, seconds: float) -> float:

@@ -12,7 +12,9 @@ made anew for every step. Everything about the run lands in runs/NAME/.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
+import tempfile
 from pathlib import Path
 
 import torch
@@ -49,6 +51,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--planner", default="naive", help="how documents are laid over ranks (default: %(default)s)")
     plan.add_argument("--capacity", type=int, default=2048, help="tokens a rank holds at once (default: %(default)s)")
     plan.add_argument("--tokens-per-step", type=int, default=12288, help="of all ranks together (default: %(default)s)")
+    plan.add_argument(
+        "--activations",
+        default="keep",
+        choices=["keep", "offload", "recompute", "auto", "plan"],
+        help="what is saved for backward: keep it, move it to --scratch, compute it again, move what costs no time, or let the"
+        " planner decide for each micro-batch (default: %(default)s)",
+    )
+    plan.add_argument("--scratch", default=tempfile.gettempdir(), help="folder on a local disk (default: %(default)s)")
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=36, help="default: %(default)s")
     training.add_argument("--lr", type=float, default=2e-3, help="highest learning rate (default: %(default)s)")
@@ -128,10 +138,17 @@ def main(argv: list[str] | None = None) -> None:
         planner=args.planner,
         seed=args.seed,
         steps=args.steps,
+        offload="auto" if args.activations == "plan" else "off",
     )
 
     settings = {"arguments": vars(args), "model": model.config.to_dict(), "parameters": model.num_parameters()}
-    with hdp.report.Run(args.runs / args.name, world, steps=args.steps, settings=settings, picture=args.picture) as run:
+    with contextlib.ExitStack() as cleanup:
+        if args.activations != "keep":
+            opened = hdp.Activations.open(world, policy=args.activations, folder=args.scratch)
+            engine.activations = cleanup.enter_context(opened)
+        run = cleanup.enter_context(
+            hdp.report.Run(args.runs / args.name, world, steps=args.steps, settings=settings, picture=args.picture)
+        )
         run.say(f"{len(train):,} documents of {train.tokens:,} tokens to train on, {held_out.tokens:,} tokens held out")
         run.evaluation(engine.evaluate(held_out, capacity=args.capacity))
         for batch in loader:

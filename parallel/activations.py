@@ -1,5 +1,7 @@
 """What becomes of saved activations while an engine runs a plan: kept, offloaded, recomputed, as the plan or the user says.
 
+    with Activations.open(world, policy="auto", folder="/local/scratch") as engine.activations:
+        ...                                                     # train
     store = hdp.offload.OffloadEngine([hdp.offload.FileTier("/local/scratch")])
     engine.activations = Activations(store=store)               # as the plan says, micro-batch by micro-batch
     engine.activations = Activations(store=store, policy="recompute")
@@ -11,13 +13,16 @@ sequence, which a policy for the whole job and the plan's own list of slots both
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from hdp.balance.plan import MicroBatch
-from hdp.offload import POLICIES, OffloadEngine
+from hdp.offload import POLICIES, FileTier, HostTier, OffloadEngine, Tier
+from hdp.parallel.world import World
 
 PLANNED = "plan"
 
@@ -36,10 +41,54 @@ class Activations:
     """Layers at each end that keep everything."""
 
     def __post_init__(self) -> None:
-        if self.policy not in (PLANNED, *POLICIES):
-            raise ValueError(
-                f"unknown activation policy {self.policy!r}: choose one of {PLANNED}, {', '.join(POLICIES)}"
-            )
+        check_policy(self.policy)
+
+    @classmethod
+    def open(
+        cls,
+        world: World,
+        *,
+        policy: str = PLANNED,
+        folder: str | Path | None = None,
+        host_bytes: int | None = None,
+        ratio: float = 1.0,
+    ) -> Activations:
+        """A store for this rank, its bandwidth measured by all ranks at once; a collective. Close it, or use ``with``.
+
+        Call it when the engine has been made: plans by the engine's own assumptions (``hdp.Loader`` without ``cost``) then use
+        the measured bandwidth, and host memory as the bound of what leaves where there is no disk.
+
+        Args:
+            folder: on a local disk; None: no disk tier.
+            host_bytes: pinned host memory that this rank may use, on GPUs; None: as much as there is, 0: none.
+
+        Raises:
+            ValueError: an unknown policy, or no tier: on a CPU only a folder frees memory.
+        """
+        check_policy(policy)
+        store = None
+        try:
+            with world.guard.watch("opening activations"):
+                tiers: list[Tier] = []
+                if world.device.type != "cpu" and host_bytes != 0:
+                    tiers.append(HostTier(budget=host_bytes, device=world.device))
+                if folder is not None:
+                    tiers.append(FileTier(folder, device=world.device))
+                if not tiers:
+                    raise ValueError("activations have nowhere to go: give folder=, on a local disk")
+                store = OffloadEngine(tiers, device=world.device)
+                _measure(world, store, host_bytes if folder is None else None)
+        except BaseException:
+            if store is not None:
+                store.close()
+            raise
+        return cls(store=store, policy=policy, ratio=ratio)
+
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.store.close()
 
     def around(self, model: nn.Module, micro_batch: MicroBatch | None, tokens: int) -> AbstractContextManager[object]:
         """The context for forward and backward of one micro-batch of ``tokens`` tokens."""
@@ -64,3 +113,23 @@ class Activations:
 def needs_store(micro_batch: MicroBatch | None) -> bool:
     """Whether a micro-batch was planned to fit only with some of its activations elsewhere."""
     return micro_batch is not None and (micro_batch.offload_ratio > 0 or micro_batch.recompute)
+
+
+def check_policy(policy: str) -> None:
+    """Raises ValueError for an unknown one."""
+    if policy not in (PLANNED, *POLICIES):
+        raise ValueError(f"unknown activation policy {policy!r}: choose one of {PLANNED}, {', '.join(POLICIES)}")
+
+
+def _measure(world: World, store: OffloadEngine, host_bytes: int | None) -> None:
+    """Bandwidth with all ranks copying, into the store and into what plans assume."""
+
+    def slowest(seconds: float) -> float:
+        found = torch.tensor(seconds, dtype=torch.float64)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=world.control)
+        return float(found)
+
+    found = store.measure(barrier=lambda: dist.barrier(group=world.control), slowest=slowest)
+    if world.assumptions is not None:
+        cost = replace(world.assumptions.cost, copy_bandwidth=min(found.out, found.back), host_memory=host_bytes or 0)
+        world.assumptions = replace(world.assumptions, cost=cost)

@@ -13,10 +13,9 @@ import itertools
 import time
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 from torch.distributed.tensor import DTensor
 
@@ -65,9 +64,9 @@ class AllGather(DefaultAllGather):
 class ReduceScatter(DefaultReduceScatter):
     """FSDP2's own reduce-scatter of one module's gradients, launched now and waited for later where that is safe."""
 
-    def __init__(self, beside: Beside, parameters: list[nn.Parameter]) -> None:
+    def __init__(self, beside: Beside, module: FSDPModule) -> None:
         super().__init__()
-        self.beside, self.parameters = beside, parameters
+        self.beside, self.module = beside, module
 
     def __call__(
         self,
@@ -78,7 +77,7 @@ class ReduceScatter(DefaultReduceScatter):
         async_op: bool = False,
     ) -> dist.Work | None:
         beside = self.beside
-        later = beside.allowed and not any(p.grad is not None or has_hook(p) for p in self.parameters)
+        later = beside.running and not any(p.grad is not None or has_hook(p) for p in sharded_parameters(self.module))
         if not later:  # FSDP2 is going to read the result at once, and what it is added to
             beside.wait()
         elif beside.most and len(beside.pending) >= beside.most:
@@ -104,7 +103,7 @@ class Beside:
         modules: sharded already, the root first, the others in the order of their forward passes.
         waits: collects (start, stop) of every wait, ``time.perf_counter`` seconds.
         reductions: whether what FSDP2 does with a reduced gradient is to take views of it: one dimension of sharding,
-            gradients reduced in the precision of the parameters.
+            gradients reduced in the precision of the parameters. Only within a step: nobody waits for others.
         layer_by_layer: regime ``slot``: the next module is gathered while one computes, and at most ``MOST_PENDING``
             reductions are under way.
     """
@@ -112,26 +111,37 @@ class Beside:
     def __init__(self, modules: list[FSDPModule], waits: Waits, *, reductions: bool, layer_by_layer: bool) -> None:
         self.modules, self.waits, self.allowed = modules, waits, reductions
         self.most = MOST_PENDING if layer_by_layer else 0
+        self.running = self.failed = False
         self.pending: list[tuple[TimedWork, Tensor]] = []  # with the input, which must live as long
         self.aside: dict[nn.Parameter, Tensor] = {}
         self.gathers: list[AllGather] = []
-        self.parameters: list[nn.Parameter] = []
-        nested = set(modules)
         for module in modules:
-            own = own_parameters(module, nested)
-            self.parameters += own
             self.gathers.append(AllGather(waits))
             module.set_custom_all_gather(self.gathers[-1])
-            module.set_custom_reduce_scatter(ReduceScatter(self, own))
+            module.set_custom_reduce_scatter(ReduceScatter(self, module))
         if layer_by_layer:
             modules[0]._set_unshard_async_op(True)
             for module, following in itertools.pairwise(modules):
                 module.set_modules_to_forward_prefetch([following])
 
     def begin(self) -> None:
-        """Before a step: forgets what a step that failed left under way."""
+        """Before a step. After one that failed FSDP2 is told to forget what is under way."""
+        if self.failed:
+            self.modules[0].reset_iter_state()
+            for gather in self.gathers:
+                gather.last = None
+        self.failed, self.running = False, self.allowed
+
+    def abandon(self) -> None:
+        """The step failed: gradients are as before it, if no whole micro-batch has been added yet. Waits for nobody."""
         self.pending.clear()
+        if self.running:
+            for module in self.modules:
+                for parameter in sharded_parameters(module):
+                    if not has_hook(parameter):
+                        parameter.grad = self.aside.get(parameter)
         self.aside.clear()
+        self.failed, self.running = True, False
 
     def gather(self) -> None:
         """Launches the gathers of all modules; each is waited for where its module runs."""
@@ -140,10 +150,10 @@ class Beside:
 
     def put_aside(self) -> None:
         """Between micro-batches: finished gradients go where FSDP2 does not add to them."""
-        if not self.allowed:
+        if not self.running:
             return
         self.wait()
-        for parameter in self.parameters:
+        for parameter in [p for module in self.modules for p in sharded_parameters(module)]:
             grad = parameter.grad
             if grad is None or has_hook(parameter):
                 continue
@@ -167,6 +177,7 @@ class Beside:
                 local(grad).add_(local(parameter.grad))
             parameter.grad = grad
         self.aside.clear()
+        self.running = False
         self.release()
 
     def release(self) -> None:
@@ -178,13 +189,9 @@ class Beside:
             gather.last = None
 
 
-def own_parameters(module: nn.Module, nested: set[Any]) -> list[nn.Parameter]:
-    """Parameters of ``module`` without those of the modules in ``nested`` below it."""
-    found = list(module.parameters(recurse=False))
-    for child in module.children():
-        if child not in nested:
-            found += own_parameters(child, nested)
-    return list(dict.fromkeys(found))
+def sharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
+    """What FSDP2 reduces with ``module``; asked each time, for a checkpoint may have put others in their place."""
+    return [p.sharded_param for group in module._get_fsdp_state()._fsdp_param_groups for p in group.fsdp_params]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -192,7 +199,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def reduced_as_stored(model: nn.Module, reduce_dtype: torch.dtype | None) -> bool:
+def reduced_as_stored(model: nn.Module, policy: MixedPrecisionPolicy) -> bool:
     """Whether gradients arrive in the precision of their parameters, so that nothing is cast after the reduction."""
-    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
-    return reduce_dtype is None or dtypes <= {reduce_dtype}
+    travels = policy.reduce_dtype or policy.param_dtype
+    return travels is None or {p.dtype for p in model.parameters() if p.requires_grad} <= {travels}

@@ -21,6 +21,10 @@ LAYER_OVERHEAD = {"cpu": 1.5e-3, "cuda": 1e-4}
 """Seconds per layer and micro-batch, forward and backward, that do not depend on tokens (launches, Python): one token
 through a layer took 1.5 ms on a core of an AMD EPYC (2026-11-22); a GPU's figure is an estimate."""
 
+BYTE_SECONDS = {"cpu": 5e-10}
+"""What a byte sent or received takes from computation: on a CPU the same core copies it (ring over four hosts on gloo, AMD
+EPYC, 2026-11-22); a GPU's network card does without."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
@@ -32,6 +36,8 @@ class Assumptions:
     """Operations a second that one rank attains in the model's dtype."""
     device: str
     """Name in the table of devices."""
+    byte_seconds: float = 0.0
+    """What a byte sent or received takes from computation."""
 
 
 def assume(model: nn.Module, device: torch.device, world_size: int, dtype: torch.dtype) -> Assumptions | None:
@@ -57,6 +63,7 @@ def assume(model: nn.Module, device: torch.device, world_size: int, dtype: torch
         topology=Topology(world_size=world_size, ranks_per_node=ranks_per_node, intra=known.intra, inter=known.inter),
         flops=flops,
         device=name,
+        byte_seconds=BYTE_SECONDS.get(device.type, 0.0),
     )
 
 

@@ -56,7 +56,8 @@ class Engine:
         if world.assumptions is None:
             world.assumptions = assume(model, world.device, world.world_size, compute_dtype(model))
         if world.assumptions is not None and world.runtime.chooser is None:  # for plans with schedule "auto"
-            world.runtime.chooser = make_chooser(world.assumptions.topology, flops=world.assumptions.flops)
+            known = world.assumptions
+            world.runtime.chooser = make_chooser(known.topology, flops=known.flops, byte_seconds=known.byte_seconds)
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
 
@@ -91,7 +92,11 @@ class Engine:
                 wait_seconds=zeros,
             )
         with self.world.guard.watch(f"step {batch.step}"):
-            return self._step(batch)
+            try:
+                return self._step(batch)
+            except BaseException:
+                self._abandon()
+                raise
 
     @torch.no_grad()
     def evaluate(
@@ -119,6 +124,9 @@ class Engine:
                 for batch in loader:
                     total += self._evaluate_batch(batch)
                     weight += batch.loss_weight
+        except BaseException:
+            self._abandon()
+            raise
         finally:
             self.model.train(was_training)
         return total / weight if weight else math.nan
@@ -133,7 +141,7 @@ class Engine:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for grad in grads:
             local = grad.to_local() if isinstance(grad, DTensor) else grad
-            local.mul_(factor.to(local.dtype))
+            local.mul_(factor.to(local.device, local.dtype))
         return norm
 
     # ------------------------------------------------------------ for subclasses
@@ -153,6 +161,9 @@ class Engine:
 
     def _end_evaluation(self) -> None:
         """After evaluation."""
+
+    def _abandon(self) -> None:
+        """After a step or an evaluation that failed."""
 
     # ------------------------------------------------------------ a step
 

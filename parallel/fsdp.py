@@ -73,9 +73,13 @@ class FSDPEngine(Engine):
         if self.beside is not None:
             self.beside.end()
 
+    def _abandon(self) -> None:
+        if self.beside is not None:
+            self.beside.abandon()
+
     def _end_evaluation(self) -> None:
         if self.beside is not None:
-            self.beside.release()
+            self.beside.end()
         for module in self.modules:
             module.reshard()
 
@@ -100,7 +104,7 @@ def shard(
             not be split, or as the members of the longest ``nn.ModuleList``.
         mesh: None: parameters are sharded over all ranks that share sequences. A mesh of two dimensions (replicate, shard) over
             them is HSDP: sharded inside a node, replicated across.
-        mp_policy: FSDP2's mixed precision; gradients are reduced in fp32 unless it says otherwise.
+        mp_policy: FSDP2's mixed precision; None: none, gradients reduced in fp32.
         offload_policy: FSDP2's ``CPUOffloadPolicy`` keeps parameters, gradients and optimizer state in host memory. The
             model then stays where it is, and on GPUs the process group needs a backend for both (``cpu:gloo,cuda:nccl``).
 
@@ -120,7 +124,7 @@ def shard(
     for layer in list(layers) if layers is not None else find_layers(model):
         fully_shard(layer, **options)
     fully_shard(model, **options)
-    plain = mesh.ndim == 1 and not offloaded and reduced_as_stored(model, options["mp_policy"].reduce_dtype)
+    plain = mesh.ndim == 1 and not offloaded and reduced_as_stored(model, options["mp_policy"])
     return FSDPEngine(model, world, regime, plain_reductions=plain)
 
 

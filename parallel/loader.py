@@ -88,10 +88,12 @@ class Loader:
             self._make(self.lengths.max(keepdims=True), make_plan, planner=planner)
         # Ranks whose first batches agree could still part later, one waiting for a batch that the other never draws.
         run = hashlib.sha256(np.ascontiguousarray(self.lengths, dtype="<i8").tobytes())
-        run.update(repr((tokens_per_step, capacity, seed, steps, start)).encode())
+        name = planner if isinstance(planner, str) else "a function"
+        run.update(repr((tokens_per_step, capacity, seed, steps, start, name)).encode())
         self._run = run.hexdigest()
 
     def __iter__(self) -> Iterator[PlannedBatch]:
+        self._compare_run()
         draws = enumerate(self._draw())
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hdp-plan") as pool:
             queue: list[tuple[int, tuple[int, ...], Future[Plan] | None]] = []
@@ -109,6 +111,17 @@ class Loader:
                 made = self._from_first(step, plan) if self._planned_by_one else plan.result()  # type: ignore[union-attr]
                 yield self._agree(step, indices, made)
 
+    def _compare_run(self) -> None:
+        """Before anything is planned together: ranks with other documents or settings would wait for different things."""
+        with self.world.guard.watch(f"before step {self.start}"):
+            mine = int(self._run[:12], 16)
+            different = (gather_numbers(self.world, mine)[:, 0] != mine).nonzero().flatten().tolist()
+        if different:
+            raise PlanMismatch(
+                f"rank {self.world.rank}, step {self.start}: ranks {different} planned another batch than this rank;"
+                " check that all ranks read the same documents, in the same order, with the same settings"
+            )
+
     @property
     def _planned_by_one(self) -> bool:
         return isinstance(self.planner, str) and self.planner in STOPPED_BY_TIME and dist.get_world_size() > 1
@@ -116,12 +129,12 @@ class Loader:
     def _from_first(self, step: int, plan: Future[Plan] | None) -> Plan:
         """Rank 0's plan on every rank, or its error."""
         told: list[Any] = [None]
-        if plan is not None:
-            try:
-                told = [plan.result()]
-            except PlanError as error:
-                told = [error]
         with self.world.guard.watch(f"planning of step {step}"):
+            if plan is not None:
+                try:
+                    told = [plan.result()]
+                except PlanError as error:  # anything else is this rank's failure, and the others are told so
+                    told = [error]
             dist.broadcast_object_list(told, src=0, device=self.world.device)
         if isinstance(told[0], PlanError):
             raise told[0]

@@ -50,8 +50,9 @@ def loss_sum(
 
 
 def liger_takes(hidden: Tensor, weights: Tensor | None) -> bool:
-    """Whether Liger's fused kernel computes this loss: on a GPU, every token counting alike."""
-    return hidden.is_cuda and weights is None and liger_loss() is not None
+    """Whether Liger's fused kernel computes this loss: on a GPU, in fp32 at most, every token counting alike."""
+    narrow = hidden.dtype != torch.float64 and hidden.shape[0] > 0
+    return hidden.is_cuda and narrow and weights is None and liger_loss() is not None
 
 
 @cache
@@ -95,17 +96,24 @@ class _ChunkedLoss(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.used = False
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
+        if ctx.used:
+            raise RuntimeError(
+                "the fused loss runs backward once: its gradients are scaled in place; run forward again"
+            )
+        ctx.used = True
+        # In place: a copy of each would be as large as all that chunks save.
+        d_hidden, d_weight, d_bias = (None if d is None else d.mul_(grad) for d in ctx.saved_tensors)
         weight_dtype, bias_dtype = ctx.dtypes
         return (
-            None if d_hidden is None else d_hidden * grad.to(d_hidden.dtype),
-            None if d_weight is None else (d_weight * grad).to(weight_dtype),
-            None if d_bias is None else (d_bias * grad).to(bias_dtype),
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight_dtype),
+            None if d_bias is None else d_bias.to(bias_dtype),
             None,
             None,
         )

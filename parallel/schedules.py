@@ -7,12 +7,13 @@ from hdp.attention.choose import Links
 from hdp.balance.topology import Topology
 
 
-def make_chooser(topology: Topology, *, flops: float, kind: str = "nic") -> Chooser:
+def make_chooser(topology: Topology, *, flops: float, kind: str = "nic", byte_seconds: float = 0.0) -> Chooser:
     """Resolves the schedule ``"auto"`` on these ranks; set it as ``world.runtime.chooser``.
 
     Args:
         topology: nodes and links, equal on all ranks.
         flops: operations a second that attention attains on one rank.
+        byte_seconds: what a byte sent or received takes from computation.
         kind: ``"nic"``: a rank's traffic shares one port; ``"peer"``: each pair of ranks has a link of its own.
     """
     links = Links(
@@ -22,4 +23,4 @@ def make_chooser(topology: Topology, *, flops: float, kind: str = "nic") -> Choo
         latency=topology.intra.latency if topology.nodes == 1 else topology.inter.latency,
     )
     per_node = topology.ranks_per_node if topology.nodes > 1 else None
-    return Chooser(links=links, flops=flops, ranks_per_node=per_node)
+    return Chooser(links=links, flops=flops, ranks_per_node=per_node, byte_seconds=byte_seconds)

@@ -63,6 +63,8 @@ def _blast(problem: Problem, name: str, count: int, deadline: float) -> Plan | N
         slot = 0
         while waiting:
             chosen = waiting.pop()
+            if time.monotonic() > deadline + TOTAL_SECONDS / 2:
+                return None
             left = (deadline - time.monotonic()) / (len(waiting) + 1)
             solved = _solve(problem, chosen, min(max(left, 0.5), SECONDS))
             if solved is None and len(chosen) == 1:

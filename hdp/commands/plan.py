@@ -69,8 +69,8 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--intra-bandwidth", type=float, help="bytes per second between ranks of a node")
     parser.add_argument("--inter-bandwidth", type=float, help="bytes per second and rank between nodes")
     parser.add_argument("--copy-bandwidth", type=float, help="bytes per second and rank between device and host")
-    parser.add_argument("--host-memory", type=float, default=0.0, help="bytes a rank may offload; default: unlimited")
-    parser.add_argument("--disk-memory", type=float, default=0.0, help="bytes on a local disk beyond --host-memory")
+    parser.add_argument("--host-memory", type=float, help="bytes that a rank may offload; default: unlimited")
+    parser.add_argument("--disk-memory", type=float, help="bytes on a local disk beyond --host-memory")
     parser.add_argument("--overhead", type=float, default=0.0, help="seconds per layer and micro-batch; default: 0")
     parser.add_argument(
         "--offload", default="off", help="off, auto, or the largest ratio allowed, 0 to 1; default: off"
@@ -97,9 +97,16 @@ def cluster_of(arguments: argparse.Namespace) -> tuple[Topology, CostModel]:
         device_memory=device.memory,
         world_size=arguments.world_size,
     )
-    return topology, replace(
-        cost, constant=arguments.overhead, host_memory=arguments.host_memory, disk_memory=arguments.disk_memory
-    )
+    return topology, _with_tiers(arguments, replace(cost, constant=arguments.overhead))
+
+
+def _with_tiers(arguments: argparse.Namespace, cost: CostModel) -> CostModel:
+    """Room for what is offloaded, as far as the user gave it."""
+    given = {"host_memory": arguments.host_memory, "disk_memory": arguments.disk_memory}
+    cost = replace(cost, **{name: value for name, value in given.items() if value is not None})
+    if cost.disk_memory and not cost.host_memory:
+        raise PlanError("--disk-memory is what host memory does not hold: give --host-memory as well")
+    return cost
 
 
 def measured_cluster(arguments: argparse.Namespace, measured: Profile) -> tuple[Topology, CostModel]:
@@ -109,7 +116,7 @@ def measured_cluster(arguments: argparse.Namespace, measured: Profile) -> tuple[
     cost = measured.cost
     if arguments.copy_bandwidth is not None:
         cost = replace(cost, copy_bandwidth=arguments.copy_bandwidth)
-    cost = replace(cost, host_memory=arguments.host_memory, disk_memory=arguments.disk_memory)
+    cost = _with_tiers(arguments, cost)
     topology = replace(measured, **links).topology(  # type: ignore[arg-type]
         world_size=arguments.world_size, ranks_per_node=arguments.ranks_per_node
     )

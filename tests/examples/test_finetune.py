@@ -81,6 +81,17 @@ def test_planners_train_on_the_same_batches(start, tmp_path):
     assert {step["planner"] for step in static} == {"static"}
 
 
+def test_activations_change_no_bit(start, tmp_path):
+    runs = {}
+    for policy in ("keep", "offload", "recompute", "auto", "plan"):
+        start("--activations", policy, "--scratch", tmp_path, "--steps", 2, "--name", policy).check()
+        runs[policy] = [step["loss"] for step in metrics(tmp_path / "runs" / policy, "train")]
+    planned = runs.pop("plan")  # may have other groups, so that sums round differently
+    assert all(losses == runs["keep"] for losses in runs.values()) and len(runs["keep"]) == 2
+    assert planned == pytest.approx(runs["keep"], rel=1e-5)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("hdp-offload-")]
+
+
 def test_a_model_and_a_tokenizer_from_disk(start, tmp_path):
     tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
     vocabulary = {word: i for i, word in enumerate(["<unk>", "</s>", "def", "return", "x", "+", "(", ")", ":"])}

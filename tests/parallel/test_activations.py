@@ -80,6 +80,41 @@ def test_a_plan_that_offloads_needs_a_store(ranks):
     assert all("engine.activations = Activations" in text for text in ranks(2).run(planned, offload, (), False))
 
 
+def opened(world: hdp.World, folder: str) -> tuple[float, str, list[float]]:
+    """The measured bandwidth, the error without a folder, and losses of a longer document than the ranks hold."""
+    world.assumptions = None  # of another test's model
+    engine = hdp.shard(deeper("hdp"), world)
+    error = ""
+    try:
+        Activations.open(world)
+    except ValueError as caught:
+        error = str(caught)
+    documents = make_documents([int(1.8 * world.world_size * CAPACITY), 20, 30])
+    with Activations.open(world, folder=folder) as engine.activations:
+        loader = hdp.Loader(
+            documents, world, tokens_per_step=10**5, capacity=CAPACITY, offload=1.0, regime=engine.regime, steps=2
+        )
+        losses = [engine.forward_backward(batch).loss for batch in loader]
+    assert world.assumptions is not None
+    return world.assumptions.cost.copy_bandwidth, error, losses
+
+
+def test_opened_for_a_world(ranks, tmp_path):
+    results = ranks(2).run(opened, str(tmp_path))
+    assert results[0] == results[1] and results[0][0] > 1e6
+    assert "give folder=" in results[0][1]
+    alone = ranks(1).run(opened_with_room, str(tmp_path))[0]
+    assert results[0][2] == pytest.approx(alone, rel=1e-5)
+
+
+def opened_with_room(world: hdp.World, folder: str) -> list[float]:
+    """The same documents on one rank that holds them."""
+    engine = hdp.shard(deeper("hdp"), world)
+    documents = make_documents([int(1.8 * 2 * CAPACITY), 20, 30])
+    loader = hdp.Loader(documents, world, tokens_per_step=10**5, capacity=1000, steps=2)
+    return [engine.forward_backward(batch).loss for batch in loader]
+
+
 def test_an_unknown_policy_is_refused():
     with OffloadEngine([HostTier()]) as store, pytest.raises(ValueError, match="unknown activation policy 'sell'"):
         Activations(store=store, policy="sell")

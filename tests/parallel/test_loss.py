@@ -76,6 +76,24 @@ def test_bf16_is_as_good_as_whole_logits(monkeypatch):
         assert error(found, gradient) < 1.5 * error(leaf.grad, gradient)
 
 
+def test_a_second_backward_pass_is_refused():
+    hidden, weight, _, labels, _ = make()
+    total = loss_sum(hidden.requires_grad_(), weight, None, labels)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation|runs backward once"):
+        total.backward()
+
+
+def test_a_second_backward_pass_is_refused_under_hooks():
+    """Saved-tensor hooks hide from autograd that a tensor changed."""
+    hidden, weight, _, labels, _ = make()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        total = loss_sum(hidden.requires_grad_(), weight, None, labels)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="runs backward once"):
+        total.backward()
+
+
 def test_large_logits_do_not_overflow():
     hidden, weight, _, labels, _ = make()
     inputs = (1e3 * hidden, weight, None, labels, None)
@@ -164,8 +182,13 @@ def test_liger_in_tritons_interpreter():
 
 
 def test_liger_is_for_gpus_and_equal_weights():
-    cuda, cpu = types.SimpleNamespace(is_cuda=True), types.SimpleNamespace(is_cuda=False)
+    def like(is_cuda: bool, tokens: int = 3, dtype: torch.dtype = torch.bfloat16) -> types.SimpleNamespace:
+        return types.SimpleNamespace(is_cuda=is_cuda, shape=(tokens, 2), dtype=dtype)
+
+    cuda, cpu = like(True), like(False)
     installed = loss.liger_loss() is not None
     assert loss.liger_takes(cuda, None) is installed
     assert not loss.liger_takes(cpu, None)
     assert not loss.liger_takes(cuda, torch.ones(3))
+    assert not loss.liger_takes(like(True, tokens=0), None)
+    assert not loss.liger_takes(like(True, dtype=torch.float64), None)
