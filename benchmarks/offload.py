@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/offload.py --folder /local/scratch [--cluster PATH]
 
-Every setting runs in one process, one after the other, in as many rounds as given; a setting's time is the median of its
+Every setting runs in one process, one after the other, in as many rounds as given (one below the longest); a setting's time is the median of its
 ratios to the ``r=0`` of the same round. Memory is the process's peak resident set during the step less what it held
 before (saved activations, and whatever else a step needs), and, apart from that, the engine's own count of saved
 activations. The disk tier uses O_DIRECT, so that no page cache holds what has left. The head has a small vocabulary:
@@ -198,7 +198,7 @@ def main() -> None:
             engine.profiles.clear()
             with turn.alone(), engine.micro_batch(model, tokens=tokens, policy="auto"):
                 model(ids, labels=ids, use_cache=False).loss.backward()  # `auto` takes its profile
-            for round_ in range(args.rounds):
+            for round_ in range(args.rounds if tokens == max(args.tokens) else 1):
                 for setting in SETTINGS if round_ == 0 else SHORT:
                     with turn.alone():
                         steps.append(run_step(model, engine, ids, setting, round_))
