@@ -1,4 +1,4 @@
-"""The grid of ``benchmarks/attention.py``: what ``auto`` chooses against every fixed pair of schedules, forward and backward."""
+"""The grid of ``benchmarks/attention.py``: what ``auto`` chooses against fixed pairs of schedules."""
 
 from __future__ import annotations
 

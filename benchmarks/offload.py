@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/offload.py --folder /local/scratch [--cluster PATH]
 
-Every setting runs in one process, one after the other, in as many rounds as given (one below the longest); a setting's time is the median of its
-ratios to the ``r=0`` of the same round. Memory is the process's peak resident set during the step less what it held
-before (saved activations, and whatever else a step needs), and, apart from that, the engine's own count of saved
-activations. The disk tier uses O_DIRECT, so that no page cache holds what has left. The head has a small vocabulary:
-logits, which no setting touches, would hide the rest.
+Every setting runs in one process, one after the other, in as many rounds as given (in one where it is not the longest); its
+time is the median of its ratios to the ``r=0`` of the same round. Memory is the process's peak resident set during the
+step less what it held before (saved activations, and whatever else a step needs), and, apart from that, the engine's own
+count of saved activations. The disk tier uses O_DIRECT, so that no page cache holds what has left. The head has a small
+vocabulary: logits, which no setting touches, would hide the rest.
 
 With ``--cluster`` (see benchmarks/training.py) also whole steps over four hosts, planned with offload and without, in turn:
 ``two_hosts_vs_four``: a document that needs four hosts without and two with; ``slots_with_vs_without``: regime slot, where
