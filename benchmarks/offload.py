@@ -8,7 +8,7 @@ step less what it held before (saved activations, and whatever else a step needs
 count of saved activations. The disk tier uses O_DIRECT, so that no page cache holds what has left. The head has a small
 vocabulary: logits, which no setting touches, would hide the rest.
 
-With ``--cluster`` (see benchmarks/training.py) also whole steps over four hosts, planned with offload and without, in turn:
+With ``--cluster`` (see benchmarks/training.py) also whole steps over four hosts, planned with offload and without:
 ``two_hosts_vs_four``: a document that needs four hosts without and two with; ``slots_with_vs_without``: regime slot, where
 room outside means fewer slots. Both are step times with offload over those without. The last line is one JSON object.
 """
@@ -48,8 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recompute": {"policy": "recompute", "ratio": 1.0},
     "auto": {"policy": "auto"},
 }
-SHORT = ("r=0", "r=1", "recompute", "auto")
-"""Settings of every round but the first: those that the figures in brackets are about."""
+SHORT = ("r=0", "r=1", "recompute")
+"""Settings of every round but the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,20 +243,9 @@ def over_hosts(args: argparse.Namespace) -> dict[str, float]:
     for name, (regime, batch, capacity) in BATCHES.items():
         fit = json.dumps(run("fit", "--regime", regime))
         seconds: dict[str, list[float]] = {"off": [], "auto": []}
-        for offload in ("off", "auto") * (2 if regime == "step" else 1):  # a step of regime slot takes longer
-            options = [
-                "--regime",
-                regime,
-                "--batch",
-                batch,
-                "--capacity",
-                str(capacity),
-                "--repeats",
-                "2",
-                "--fit",
-                fit,
-            ]
-            step = run("steps", *options, "--offload", offload)
+        for offload in seconds:
+            options = f"--regime {regime} --batch {batch} --capacity {capacity} --repeats 3".split()
+            step = run("steps", *options, "--fit", fit, "--offload", offload)
             seconds[offload] += step["seconds"]
             print(
                 f"{name}, offload {offload}: {statistics.median(step['seconds']):.2f} s a step, groups {step['groups']}, "
