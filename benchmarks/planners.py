@@ -1,8 +1,8 @@
 """Makespan over the lower bound and planning time of ``auto``, and of the other planners on the same batches.
 
-  python benchmarks/planners.py                       # all cases; hours, for the rivals get 60 s each
+  python benchmarks/planners.py                       # all cases; hours, for flexsp gets 60 CPU seconds a batch
+  python benchmarks/planners.py --keep rivals.json    # the same, but rivals that rivals.py has run are not run again
   python benchmarks/planners.py --rivals "" --worlds 8 64 512
-  python benchmarks/planners.py --patience 10 --flexsp-worlds 8
 
 LLaMA-7B with 8 key/value heads at 400 TFLOP/s, 400 GB/s inside a node of 8, 50 GB/s across, capacity 8K; eight
 capacities a rank up to 33.6M tokens a step. Every combination whose longest document fits the cluster. Prints one line a
@@ -12,14 +12,13 @@ case; the last line is a JSON object:
   slot_worst, slot_median  over the sharper bound
   beats_all                never behind a rival by more than 0.1 %, and ahead on every long-tailed batch (where a rival is
                            within 0.1 % of the bound, as a mesh inside a node is at 32K, nobody can be ahead)
-  plan_ms_N, slot_plan_ms_N  slowest batch on N ranks, best of three runs, one core
+  plan_ms_N, slot_plan_ms_N  slowest batch on N ranks, best of five runs, one core
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 import time
@@ -27,16 +26,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from rivals import CAPACITY, REGIMES, WORLDS, Kept, cases, cost_model, topology_of
 
-from hdp.balance import CostModel, Plan, PlanError, Topology, evaluate, plan
+from hdp.balance import CostModel, Plan, Topology, evaluate, plan
 from hdp.balance.bounds import slot_bound, step_bound
-from hdp.balance.distributions import DISTRIBUTIONS, LONG_TAILED, draw_lengths
+from hdp.balance.distributions import LONG_TAILED
 from hdp.balance.planners import make_problem
 
-CAPACITY = 8192
-CONTEXTS = (32768, 262144, 2097152)
-WORLDS = (8, 64, 512, 4096, 12288)
-MOST_TOKENS = 33_554_432
 FEW = 4  # documents a rank below which a batch has a limit of its own
 BEHIND = 1.001
 
@@ -72,30 +68,6 @@ class Figures:
         return out
 
 
-def rival_ticks(
-    lengths: np.ndarray, topology: Topology, cost: CostModel, regime: str, name: str, patience: float
-) -> int | None:
-    """Makespan of a rival's plan, made in a process of its own; None when it has none after ``patience`` seconds."""
-
-    def work(queue: Any) -> None:
-        try:
-            made = plan(lengths, topology, cost, capacity=CAPACITY, regime=regime, planner=name)
-            queue.put(evaluate(made, cost, topology).makespan)
-        except PlanError:
-            queue.put(None)
-
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=work, args=(queue,))
-    process.start()
-    process.join(patience)
-    if process.is_alive():
-        process.terminate()
-        process.join()
-        return None
-    return queue.get(timeout=5)
-
-
 def timed_auto(lengths: np.ndarray, topology: Topology, cost: CostModel, regime: str, runs: int) -> tuple[Plan, float]:
     """The plan and the least milliseconds of some runs."""
     best = float("inf")
@@ -107,11 +79,16 @@ def timed_auto(lengths: np.ndarray, topology: Topology, cost: CostModel, regime:
 
 
 def run_case(
-    figures: Figures, arguments: argparse.Namespace, lengths: np.ndarray, world: int, label: str, regime: str
+    figures: Figures,
+    arguments: argparse.Namespace,
+    kept: Kept,
+    lengths: np.ndarray,
+    world: int,
+    label: str,
+    regime: str,
 ) -> None:
     """One batch in one regime."""
-    topology = Topology(world_size=world)
-    cost = CostModel.from_shape("llama-7b", flops=400e12)
+    topology, cost = topology_of(world), cost_model()
     problem = make_problem(lengths, topology, cost, capacity=CAPACITY, regime=regime, planner="auto")
     bound = step_bound(problem) if regime == "step" else slot_bound(problem)
     made, ms = timed_auto(lengths, topology, cost, regime, arguments.runs)
@@ -129,7 +106,7 @@ def run_case(
     for name in arguments.rivals:
         if name == "flexsp" and world not in arguments.flexsp_worlds:
             continue
-        other = rival_ticks(lengths, topology, cost, regime, name, arguments.patience)
+        other = kept.find(name, regime, world, lengths, arguments.patience)
         where = f"{regime} {world} {label} {name}"
         figures.compared += 1
         if other is None:
@@ -148,31 +125,19 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the cases asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, nargs="+", default=list(WORLDS))
-    parser.add_argument("--regimes", nargs="+", choices=("step", "slot"), default=["step", "slot"])
-    parser.add_argument("--rivals", type=lambda s: s.split(",") if s else [], default="static,bytescale,flexsp")
+    parser.add_argument("--regimes", nargs="+", choices=REGIMES, default=list(REGIMES))
+    parser.add_argument("--rivals", default="static,bytescale,flexsp", help="planners to compare with; may be empty")
     parser.add_argument("--flexsp-worlds", type=int, nargs="*", default=list(WORLDS))
-    parser.add_argument("--patience", type=float, default=60.0, help="seconds for a rival's plan")
-    parser.add_argument("--runs", type=int, default=3, help="timed runs of auto")
+    parser.add_argument("--patience", type=float, default=60.0, help="CPU seconds for a rival's plan; default: 60")
+    parser.add_argument("--keep", help="file of what rivals came to, as rivals.py writes it")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of auto; default: 5")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
-    if isinstance(arguments.rivals, str):
-        arguments.rivals = arguments.rivals.split(",")
-    figures = Figures()
-    for world in arguments.worlds:
-        for context in CONTEXTS:
-            for name in DISTRIBUTIONS:
-                if name == "short" and context != CONTEXTS[0]:
-                    continue  # no document is longer than 4K anyway
-                tokens = min(world * CAPACITY * 8, MOST_TOKENS)
-                lengths = draw_lengths(name, tokens=tokens, context=context, seed=arguments.seed)
-                if lengths.max() > world * CAPACITY:
-                    continue
-                for regime in arguments.regimes:
-                    run_case(figures, arguments, lengths, world, f"{name} {context // 1024}K", regime)
-        if world == WORLDS[-1]:
-            lengths = draw_lengths("short", tokens=world * CAPACITY * 4, context=CONTEXTS[0], seed=arguments.seed)
-            for regime in arguments.regimes:
-                run_case(figures, arguments, lengths[:100_000], world, "short 32K, 100,000 documents", regime)
+    arguments.rivals = arguments.rivals.split(",") if arguments.rivals else []
+    figures, kept = Figures(), Kept(arguments.keep)
+    for world, label, lengths in cases(arguments.worlds, arguments.seed):
+        for regime in arguments.regimes:
+            run_case(figures, arguments, kept, lengths, world, label, regime)
     print(json.dumps(figures.summary()))
     return 0
 

@@ -2,8 +2,8 @@
 
 ASPLOS'25, sections 4 and 5. The batch is blasted into M micro-batches of similar lengths and equal tokens (M from the
 fewest that memory allows to a few more); within one, virtual groups are chosen and sequences, in buckets made by dynamic
-programming, are assigned to them so that the slowest group is as fast as possible. Solved to a gap and within a time
-limit, so the plan may differ between machines: plan on one rank and broadcast.
+programming, are assigned to them so that the slowest group is as fast as possible. Solved to a gap and within a limit of
+CPU seconds, so the plan may differ between machines: plan on one rank and broadcast.
 """
 
 from __future__ import annotations
@@ -21,25 +21,50 @@ BUCKETS = 16
 MORE_MICRO_BATCHES = 2
 """Numbers of micro-batches tried beyond the fewest."""
 SECONDS = 4.0
-"""Time limit of one programme."""
+"""CPU seconds for one programme."""
 TOTAL_SECONDS = 40.0
-"""Time for all programmes of a batch, shared out as it goes; none gets less than half a second."""
+"""CPU seconds for all programmes of a batch, shared out as it goes; none gets less than half a second."""
 GAP = 0.01
 """Relative gap at which HiGHS stops."""
+MOST_STRETCHED = 32.0
+"""Wall seconds that HiGHS gets for one CPU second, at most."""
 MOST_GROUPS = 8
 """Virtual groups of one size that the programme distinguishes."""
 
 
+class Budget:
+    """CPU seconds of this thread: a planner that has to share its core finds the same plans, only later."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.monotonic(), time.thread_time()
+
+    def left(self) -> float:
+        """Seconds left of all programmes; negative when they are used up."""
+        return TOTAL_SECONDS - (time.thread_time() - self._cpu)
+
+    def wall(self, seconds: float) -> float:
+        """``seconds`` as HiGHS counts them, on the wall, at the share of a core that this thread has had so far."""
+        wall, cpu = time.monotonic() - self._wall, time.thread_time() - self._cpu
+        return seconds * min(max(wall / cpu, 1.0), MOST_STRETCHED) if cpu > 0.05 else seconds
+
+
 def make(problem: Problem, name: str) -> Plan:
     """The best of a few numbers of micro-batches; raises PlanError where none is found in time."""
+    plans = candidates(problem, name)
+    times = [evaluate(made, problem.cost, problem.topology).makespan for made in plans]
+    return plans[int(np.argmin(times))]
+
+
+def candidates(problem: Problem, name: str) -> list[Plan]:
+    """A plan for each number of micro-batches tried, the same for both regimes; at least one, or PlanError."""
     tokens = int(problem.lengths.sum())
     fewest = max(1, -(-tokens // (problem.world_size * problem.capacity)))
     plans: list[Plan] = []
-    deadline = time.monotonic() + TOTAL_SECONDS
+    budget = Budget()
     for count in range(fewest, fewest + MORE_MICRO_BATCHES + 1):
-        if plans and time.monotonic() > deadline:
+        if plans and budget.left() < 0:
             break
-        made = _blast(problem, name, count, deadline)
+        made = _blast(problem, name, count, budget)
         if made is not None:
             plans.append(made)
     if not plans:
@@ -47,11 +72,10 @@ def make(problem: Problem, name: str) -> Plan:
             f"flexsp found no plan of {fewest} to {fewest + MORE_MICRO_BATCHES} micro-batches in {TOTAL_SECONDS} s: "
             "use planner auto"
         )
-    times = [evaluate(made, problem.cost, problem.topology).makespan for made in plans]
-    return plans[int(np.argmin(times))]
+    return plans
 
 
-def _blast(problem: Problem, name: str, count: int, deadline: float) -> Plan | None:
+def _blast(problem: Problem, name: str, count: int, budget: Budget) -> Plan | None:
     """Micro-batches of similar lengths and equal tokens, each solved by itself."""
     order = problem.descending
     slot_of = np.full(len(problem.lengths), -1, dtype=np.int64)
@@ -63,10 +87,10 @@ def _blast(problem: Problem, name: str, count: int, deadline: float) -> Plan | N
         slot = 0
         while waiting:
             chosen = waiting.pop()
-            if time.monotonic() > deadline + TOTAL_SECONDS / 2:
+            if budget.left() < -TOTAL_SECONDS / 2:
                 return None
-            left = (deadline - time.monotonic()) / (len(waiting) + 1)
-            solved = _solve(problem, chosen, min(max(left, 0.5), SECONDS))
+            seconds = min(max(budget.left() / (len(waiting) + 1), 0.5), SECONDS)
+            solved = _solve(problem, chosen, budget.wall(seconds))
             if solved is None and len(chosen) == 1:
                 return None
             if solved is None:  # equal tokens may still need more ranks than there are: halve the micro-batch
@@ -109,7 +133,7 @@ def _buckets(lengths: IntArray) -> list[IntArray]:
 
 
 def _solve(problem: Problem, chosen: IntArray, seconds: float) -> dict[int, tuple[int, ...]] | None:
-    """One micro-batch: sequence to ranks; None when the programme finds nothing in time."""
+    """One micro-batch: sequence to ranks, in ``seconds`` of wall time; None when the programme finds nothing in time."""
     try:
         from scipy.optimize import Bounds, LinearConstraint, milp
         from scipy.sparse import lil_array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,11 @@ class Problem:
     def world_size(self) -> int:
         return self.topology.world_size
 
-    @property
+    @cached_property
     def descending(self) -> IntArray:
         """Sequences that hold tokens, longest first; equal lengths in the order of the batch."""
         order = np.argsort(-self.lengths, kind="stable")
-        return order[self.lengths[order] > 0]
+        return order[: np.count_nonzero(self.lengths)]
 
     def smallest_group(self, length: int) -> tuple[int, float]:
         """Fewest ranks that can hold a sequence, and the offload ratio they need (Eq. 3)."""
