@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from hdp.offload.model import LayerBytes, device_bytes, tier_bytes
 from hdp.offload.policy import layer_actions
 
+RATIO_STEPS = 64
+"""Ratios weighed when copies must show: multiples of 1/64."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerProfile:
@@ -51,6 +54,12 @@ def hiding_ratio(profile: LayerProfile, bandwidth: float) -> float:
     if profile.bytes_all <= 0:
         return 0.0
     return min(1.0, profile.forward_seconds * bandwidth / profile.bytes_all)
+
+
+def late_seconds(profile: LayerProfile, ratio: float, bandwidth: float) -> float:
+    """By how much the copies of one layer outlast its forward, and its backward, which takes twice as long."""
+    copy = ratio * profile.bytes_all / bandwidth
+    return max(copy - profile.forward_seconds, 0.0) + max(copy - 2.0 * profile.forward_seconds, 0.0)
 
 
 def scaled_profile(profiles: Mapping[int, LayerProfile], tokens: int) -> LayerProfile:
@@ -170,9 +179,10 @@ def _paid_options(
             options.append(
                 decide("memo", 1.0, fraction, cost, f"offloads {fraction:.2f} of the layers, recomputes the rest")
             )
-        late = max(profile.bytes_all / bandwidth - profile.forward_seconds, 0.0) * movable
-        late += max(profile.bytes_all / bandwidth - 2.0 * profile.forward_seconds, 0.0) * movable
-        options.append(decide("offload", 1.0, 0.0, late, f"copies do not hide and cost {late:.3g} s"))
+        for step in range(1, RATIO_STEPS + 1):
+            ratio = step / RATIO_STEPS
+            late = movable * late_seconds(profile, ratio, bandwidth)
+            options.append(decide("offload", ratio, 0.0, late, f"copies of {ratio:.2f} show for {late:.3g} s"))
         exposed = max(profile.bytes_kept / bandwidth - profile.forward_seconds, 0.0) * movable
         options.append(
             decide("recompute", 1.0, 0.0, movable * again + exposed, "recomputes all layers, their inputs outside")

@@ -15,6 +15,9 @@ from hdp.offload.split import Split
 from hdp.offload.streams import Copies, Done, Stream
 from hdp.offload.tiers import Slot, Tier
 
+PIECE = 16 << 20
+"""Bytes of one copy that is timed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bandwidth:
@@ -39,7 +42,7 @@ def measure_bandwidth(
     tier: Tier,
     *,
     nbytes: int = 256 << 20,
-    piece: int = 16 << 20,
+    piece: int = PIECE,
     rounds: int = 3,
     device: torch.device | str = "cpu",
     barrier: Callable[[], None] = _nothing,

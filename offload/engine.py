@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hdp.offload.auto import LayerProfile, choose, scaled_profile
-from hdp.offload.bandwidth import Bandwidth, measure_bandwidth
+from hdp.offload.auto import Decision, LayerProfile, choose, scaled_profile
+from hdp.offload.auto import memo_fraction as solve_memo
+from hdp.offload.bandwidth import PIECE, Bandwidth, measure_bandwidth
 from hdp.offload.errors import OffloadError
 from hdp.offload.layers import find_layers
 from hdp.offload.malloc import return_freed_blocks
@@ -30,6 +31,8 @@ from hdp.offload.streams import Copies
 from hdp.offload.tiers import Tier
 
 MIN_BYTES = 64 << 10
+LEAST_MEASURED = 1 << 20
+"""Bytes below which a tier's time is mostly that of starting a copy."""
 
 
 class OffloadEngine(ActivationStore):
@@ -59,6 +62,8 @@ class OffloadEngine(ActivationStore):
         self.bandwidth: Bandwidth | None = None
         self.profiles: dict[int, LayerProfile] = {}
         """Last measured layer of micro-batches of so many tokens."""
+        self.decision: Decision | None = None
+        """What ``auto`` chose last, and what it is predicted to take."""
 
     def micro_batch(
         self,
@@ -68,7 +73,8 @@ class OffloadEngine(ActivationStore):
         policy: str = "offload",
         tokens: int | None = None,
         layers: Sequence[nn.Module] | None = None,
-        memo_fraction: float = 0.0,
+        memo_fraction: float | None = None,
+        device_budget: int | None = None,
         keep_first: int = 1,
         keep_last: int = 1,
         keep_ops: frozenset[Any] = frozenset(),
@@ -79,23 +85,32 @@ class OffloadEngine(ActivationStore):
             model: the module that forward calls.
             ratio: fraction of each saved activation that leaves, 0 to 1.
             policy: ``keep``, ``offload``, ``recompute``, ``memo`` (see :mod:`hdp.offload.policy`), or ``auto``: the
-                largest ratio, up to ``ratio``, whose copies hide behind compute, from the bandwidth of
+                largest ratio, up to ``ratio``, whose copies hide behind compute and find room, from the bandwidth of
                 :meth:`measure` and the layer times of the last micro-batch of about as many tokens; the first one
-                offloads ``ratio`` and is timed.
+                offloads ``ratio`` as far as there is room, and is timed. What finds no room in any tier stays.
             tokens: tokens of the micro-batch; saved tensors with a dimension of that size are split by whole tokens.
             layers: the model's layers in forward order; None finds them.
-            memo_fraction: fraction of layers that ``memo`` offloads instead of recomputing.
+            memo_fraction: fraction of layers that ``memo`` offloads instead of recomputing; None solves for the largest that
+                hides and finds room (MEMO), from what ``auto`` measures, and recomputes nothing until something is measured.
+            device_budget: ``auto``: bytes of saved activations that the device can hold. When what is free does not fit, it
+                pays with recomputation or with copies that show, whichever costs less; see :attr:`decision`.
             keep_first, keep_last: layers at each end that keep everything.
             keep_ops: operator overloads whose outputs recomputation keeps, attention's above all.
         """
         found = find_layers(model, layers)
-        timed = policy == "auto"
-        if timed:
-            policy, ratio = "offload", self._auto_ratio(ratio, tokens, len(found), keep_first, keep_last)
-        actions = layer_actions(
-            len(found), policy=policy, ratio=ratio, memo_fraction=memo_fraction, keep_first=keep_first, keep_last=keep_last
+        solves = policy == "auto" or (policy == "memo" and memo_fraction is None)
+        if solves and (tokens is None or self.bandwidth is None):
+            raise ValueError(f"policy {policy!r} needs the micro-batch's tokens and a measured bandwidth: pass tokens=..., "
+                             "and call engine.measure() once at start")  # fmt: skip
+        kept = {"keep_first": keep_first, "keep_last": keep_last}
+        if policy == "auto":
+            policy, ratio, memo_fraction = self._auto(ratio, tokens, len(found), device_budget, **kept)
+        elif solves:
+            policy, ratio, memo_fraction = self._memo(tokens, len(found), **kept)
+        actions = layer_actions(len(found), policy=policy, ratio=ratio, memo_fraction=memo_fraction or 0.0, **kept)
+        return MicroBatch(
+            self, model, found, actions, tokens=tokens, keep_ops=keep_ops, timed=solves, may_stay=solves
         )  # fmt: skip
-        return MicroBatch(self, model, found, actions, tokens=tokens, keep_ops=keep_ops, timed=timed)
 
     def measure(
         self,
@@ -106,29 +121,61 @@ class OffloadEngine(ActivationStore):
     ) -> Bandwidth:
         """Measures the tiers, for ``auto``; every rank of the node calls it (see :func:`measure_bandwidth`).
 
-        Of a chain the slowest tier with room for ``nbytes`` counts.
+        Of a chain the slowest tier counts; one whose budget is smaller than ``nbytes`` is measured with what it holds.
         """
-        found = [
-            measure_bandwidth(tier, nbytes=nbytes, device=self.device, barrier=barrier, slowest=slowest)
-            for tier in self.chain.tiers
-            if tier.budget is None or tier.budget >= nbytes
-        ]
+        found = []
+        for tier in self.chain.tiers:
+            size = nbytes if tier.budget is None else min(nbytes, tier.budget)
+            if size >= LEAST_MEASURED:
+                piece = min(PIECE, size)
+                found.append(
+                    measure_bandwidth(
+                        tier, nbytes=size, piece=piece, device=self.device, barrier=barrier, slowest=slowest
+                    )
+                )
         if not found:
-            raise OffloadError(f"no tier has a budget of {nbytes} bytes to measure with: give fewer")
+            raise OffloadError(f"no tier has a budget of {LEAST_MEASURED} bytes to measure with: give more")
         self.bandwidth = min(found, key=lambda b: b.least)
         return self.bandwidth
 
-    def _auto_ratio(self, most: float, tokens: int | None, layers: int, keep_first: int, keep_last: int) -> float:
-        if tokens is None or self.bandwidth is None:
-            raise ValueError("policy 'auto' needs the micro-batch's tokens and a measured bandwidth: pass tokens=..., and "
-                             "call engine.measure() once at start")  # fmt: skip
+    def _auto(
+        self,
+        most: float,
+        tokens: int | None,
+        layers: int,
+        device_budget: int | None,
+        *,
+        keep_first: int,
+        keep_last: int,
+    ) -> tuple[str, float, float]:
+        """(policy, ratio, MEMO's fraction) of a micro-batch under ``auto``."""
         if not self.profiles:
-            return most
-        profile = scaled_profile(self.profiles, tokens)
-        decision = choose(
-            profile, layers=layers, bandwidth=self.bandwidth.least, keep_first=keep_first, keep_last=keep_last
+            return "offload", most, 0.0
+        assert tokens is not None and self.bandwidth is not None
+        self.decision = found = choose(
+            scaled_profile(self.profiles, tokens),
+            layers=layers,
+            bandwidth=self.bandwidth.least,
+            room=self.chain.room,
+            device_budget=device_budget,
+            keep_first=keep_first,
+            keep_last=keep_last,
         )
-        return min(most, decision.ratio)
+        ratio = min(most, found.ratio) if found.policy == "offload" else found.ratio
+        return found.policy, ratio, found.memo_fraction
+
+    def _memo(self, tokens: int | None, layers: int, *, keep_first: int, keep_last: int) -> tuple[str, float, float]:
+        """The same under ``memo``: its fraction solved for; full recomputation where not even layer inputs hide."""
+        if not self.profiles:
+            return "offload", 1.0, 0.0
+        assert tokens is not None and self.bandwidth is not None
+        fraction = solve_memo(
+            scaled_profile(self.profiles, tokens),
+            bandwidth=self.bandwidth.least,
+            movable_layers=max(layers - keep_first - keep_last, 0),
+            room=self.chain.room,
+        )
+        return ("recompute", 0.0, 0.0) if fraction is None else ("memo", 1.0, fraction)
 
     def trim(self) -> None:
         """Gives unused host memory and file space back to the system."""

@@ -28,6 +28,9 @@ CHUNK = 4 << 20
 SECTOR = 512
 """Where a direct write or read that was cut short can be taken up again."""
 
+# Odd and different, so that each counts every bit of its sector's sum (the golden ratio's multiples, as in splitmix64).
+_WEIGHTS = np.arange(1, CHUNK // SECTOR + 2, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) | np.uint64(1)
+
 
 @dataclass(slots=True)
 class Extent:
@@ -40,9 +43,17 @@ class Extent:
 
 
 def checksum(chunk: Bytes) -> int:
-    """64-bit sum of the chunk's words (bytes beyond the last whole word added one by one). Runs at memory speed."""
-    words = chunk[: len(chunk) // 8 * 8].view(np.uint64)
-    return (int(np.add.reduce(words)) + int(chunk[len(words) * 8 :].sum())) % 2**64
+    """64-bit checksum that depends on every byte and on the order of sectors; runs at about memory speed.
+
+    Sums of the words of each sector, combined by weights of their own: a sum over all words would not see sectors that a
+    disk has put in each other's place, or an old sector that happens to hold the same words.
+    """
+    whole = len(chunk) // SECTOR * SECTOR
+    sums = chunk[:whole].view(np.uint64).reshape(-1, SECTOR // 8).sum(axis=1, dtype=np.uint64)
+    tail = np.zeros(SECTOR, dtype=np.uint8)
+    tail[: len(chunk) - whole] = chunk[whole:]
+    sums = np.append(sums, tail.view(np.uint64).sum(dtype=np.uint64))
+    return int((sums * _WEIGHTS[: len(sums)]).sum(dtype=np.uint64))
 
 
 class FileTier(Tier):
@@ -90,6 +101,12 @@ class FileTier(Tier):
         extent = _extent(slot)
         with self._lock:
             self._extents.give(extent.offset, extent.size)
+
+    @property
+    def room(self) -> int | None:
+        """What the budget leaves, and no more than the disk has free."""
+        free = self.file.free + self.file.allocated - self.used
+        return max(free if self.budget is None else min(free, self.budget - self.used), 0)
 
     @property
     def used(self) -> int:

@@ -17,6 +17,8 @@ class Meter:
     """Bytes that have left since the last reset."""
     returned: int = 0
     """Bytes that have come back since the last reset."""
+    stayed: int = 0
+    """Bytes that were to leave but found no room, under a policy that allows it, since the last reset."""
     late: int = 0
     """Storages that backward needed before anything had asked for them."""
     waited_out: float = 0.0
@@ -30,5 +32,5 @@ class Meter:
 
     def reset_peaks(self) -> None:
         self.peak_device = self.device
-        self.left = self.returned = self.late = 0
+        self.left = self.returned = self.stayed = self.late = 0
         self.waited_out = self.waited_back = 0.0

@@ -53,10 +53,13 @@ class MicroBatch:
         tokens: int | None = None,
         keep_ops: frozenset[Any] = frozenset(),
         timed: bool = False,
+        may_stay: bool = False,
     ) -> None:
+        """``may_stay``: what finds no room in any tier stays on the device instead of being an error."""
         self._timed = timed and not any(action.recompute for action in actions)
         self.engine = engine
         self.tokens = tokens
+        self.may_stay = may_stay
         self.layer_seconds: list[float] = []
         """Seconds of each layer call's forward, on the host's clock."""
         self.layer_bytes: Counter[int] = Counter()

@@ -101,6 +101,19 @@ class ScratchFile:
         """Bytes up to which the file reaches."""
         return os.fstat(self.fd).st_size if self.fd >= 0 else 0
 
+    @property
+    def allocated(self) -> int:
+        """Bytes that the file takes on the disk."""
+        return os.fstat(self.fd).st_blocks * 512 if self.fd >= 0 else 0
+
+    @property
+    def free(self) -> int:
+        """Bytes that the file system has left for this user."""
+        if self.fd < 0:
+            return 0
+        found = os.fstatvfs(self.fd)
+        return found.f_bavail * found.f_frsize
+
     def describe(self) -> str:
         return str(self.path) if self.path else f"scratch file in {self.folder}"
 

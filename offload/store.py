@@ -70,7 +70,7 @@ class ActivationStore:
                 self._known[record.key] = record
                 self.meter.add(record.nbytes)
                 if ratio > 0.0 and record.nbytes >= self._min_bytes:
-                    self._leave(record, tensor, ratio, owner.tokens)
+                    self._leave(record, tensor, ratio, owner.tokens, owner.may_stay)
             return Handle(tensor, owner, visit, record)
 
     def _is_activation(self, tensor: Tensor) -> bool:
@@ -93,13 +93,18 @@ class ActivationStore:
             return None
         return record
 
-    def _leave(self, record: Record, tensor: Tensor, ratio: float, tokens: int | None) -> None:
+    def _leave(self, record: Record, tensor: Tensor, ratio: float, tokens: int | None, may_stay: bool) -> None:
         split = make_split(tensor, ratio, tokens)
         if split.away == 0:
             return
         flat = record.flat
         assert flat is not None
         slot = self.chain.reserve(split.away)
+        if slot is None:
+            if may_stay:
+                self.meter.stayed += split.away
+                return
+            raise self.chain.full(split.away)
         rest = self._room(split.rest) if split.rest else None
 
         def copy_out() -> None:

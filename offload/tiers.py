@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hdp.offload.buffers import Buffer, BufferPool
+from hdp.offload.buffers import SLACK, Buffer, BufferPool
 from hdp.offload.errors import OffloadError
 from hdp.offload.split import Split, copy_bytes
 
@@ -48,6 +48,11 @@ class Tier(ABC):
     @abstractmethod
     def release(self, slot: Slot) -> None:
         """Gives the room back. No copy of the slot may be under way."""
+
+    @property
+    def room(self) -> int | None:
+        """Bytes that it can still take; None for no limit."""
+        return None if self.budget is None else max(self.budget - self.used, 0)
 
     @property
     @abstractmethod
@@ -137,13 +142,26 @@ class Chain:
             raise ValueError(f"two tiers have the same name: {', '.join(names)}; give each its own")
         self.tiers = tuple(tiers)
 
-    def reserve(self, nbytes: int) -> Slot:
+    @property
+    def room(self) -> int | None:
+        """Bytes that all tiers together can still take, what rounding to pages may take off; None for no limit."""
+        rooms = [tier.room for tier in self.tiers]
+        if any(room is None for room in rooms):
+            return None
+        return sum(room for room in rooms if room is not None) * SLACK // (SLACK + 1)
+
+    def reserve(self, nbytes: int) -> Slot | None:
+        """Room in the first tier that has it; None when none does."""
         for tier in self.tiers:
             slot = tier.reserve(nbytes)
             if slot is not None:
                 return slot
+        return None
+
+    def full(self, nbytes: int) -> OffloadError:
+        """The error for bytes that no tier has room for."""
         filled = ", ".join(f"{tier.name} holds {tier.used} of {tier.budget} bytes" for tier in self.tiers)
-        raise OffloadError(
+        return OffloadError(
             f"no tier has room for {nbytes} more bytes ({filled}): raise a budget, add a tier, or lower the offload ratio"
         )
 

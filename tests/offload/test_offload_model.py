@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from hdp.balance.cost import CostModel
 from hdp.balance.memory import eq3, hidden_ratio, moved_bytes, ranks_with
-from hdp.offload import LayerAction, LayerProfile, OffloadEngine, choose, layer_actions
+from hdp.offload import LayerAction, LayerProfile, choose, layer_actions
 from hdp.offload.auto import hiding_ratio, memo_fraction, scaled_profile
 from hdp.offload.model import LayerBytes, device_bytes, tier_bytes
 
@@ -157,7 +157,8 @@ def test_auto_pays_only_when_it_must_and_says_what():
     assert "recomputes the rest" in tight.reason
     # Without attention's output kept recomputation is dear: copies that do not hide cost less.
     late = choose(profile(), device_budget=4000, layers=20, bandwidth=900.0)
-    assert late.policy == "offload" and late.ratio == 1.0 and late.extra_seconds == pytest.approx(18 * (1000 / 900 - 1))
+    assert late.policy == "offload" and late.ratio == 61 / 64  # (3 + 18 x 3/64) layers are the first below four
+    assert late.extra_seconds == pytest.approx(18 * (61 / 64 * 1000 / 900 - 1)) and late.device_bytes <= 4000
     with pytest.raises(ValueError, match=r"saved activations need at least .* the budget is 1500"):
         choose(profile(), device_budget=1500, **slow)
     with pytest.raises(ValueError, match="measure them first"):
@@ -194,29 +195,6 @@ def test_profiles_are_scaled_without_overstating_time():
     profiles = {1000: profile(1.0, 1000, 100), 4000: profile(9.0, 4000, 400)}
     assert scaled_profile(profiles, 2000) == profile(2.0, 2000, 200)  # the nearest is 1000
     assert scaled_profile(profiles, 3000) == profile(9.0 * 0.75**2, 3000, 300)
-
-
-def test_the_engines_auto_measures_and_decides(tmp_path):
-    from offload_helpers import gradients, make_zoo, same_bits, token_ids
-
-    from hdp.offload import FileTier
-
-    model, ids = make_zoo(), token_ids(48)
-    expected = gradients(model, lambda: model(ids))
-    with OffloadEngine([FileTier(tmp_path)], min_bytes=512) as engine:
-        engine.measure(nbytes=1 << 20)
-        for bandwidth, moves in ((1e15, True), (1.0, False)):
-            engine.profiles.clear()
-            with engine.micro_batch(model, tokens=48, policy="auto"):
-                assert same_bits(gradients(model, lambda: model(ids)), expected)
-            seen = engine.profiles[48]
-            assert seen.forward_seconds > 0 and seen.bytes_all > 20 * seen.bytes_kept / 4 > 0
-            assert engine.bandwidth is not None
-            engine.bandwidth = type(engine.bandwidth)(out=bandwidth, back=bandwidth)
-            engine.meter.reset_peaks()
-            with engine.micro_batch(model, tokens=48, policy="auto"):
-                assert same_bits(gradients(model, lambda: model(ids)), expected)
-            assert (engine.meter.left > 0) == moves
 
 
 def test_the_pure_half_needs_no_torch():

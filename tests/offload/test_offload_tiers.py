@@ -179,16 +179,18 @@ def test_tiers_give_back_what_they_got(tmp_path, kind, nbytes, outer):
 
 def test_chain_fills_its_tiers_in_order(tmp_path):
     chain = Chain([HostTier(budget=2 * PAGE), FileTier(tmp_path, budget=PAGE)])
+    assert chain.room == 3 * PAGE * 8 // 9
     assert [chain.reserve(PAGE).tier.name for _ in range(3)] == ["host", "host", "disk"]
-    with pytest.raises(OffloadError, match=r"host holds 8192 of 8192 bytes, disk holds 4096 of 4096 bytes"):
-        chain.reserve(1)
+    assert chain.reserve(1) is None and chain.room == 0
+    assert "host holds 8192 of 8192 bytes, disk holds 4096 of 4096 bytes" in str(chain.full(1))
+    assert Chain([HostTier(), FileTier(tmp_path, budget=PAGE)]).room is None
     with pytest.raises(ValueError, match="no tier given"):
         Chain([])
     with pytest.raises(ValueError, match="two tiers have the same name"):
         Chain([HostTier(), HostTier()])
 
 
-def test_checksum_sees_a_bit_a_swap_of_chunks_and_odd_ends():
+def test_checksum_sees_a_bit_swapped_sectors_and_odd_ends():
     data = np.random.default_rng(0).integers(0, 256, 10_003, dtype=np.uint8)
     before = checksum(data)
     for at in (0, 5_000, 10_002):
@@ -196,6 +198,12 @@ def test_checksum_sees_a_bit_a_swap_of_chunks_and_odd_ends():
         assert checksum(data) != before
         data[at] ^= 4
     assert checksum(data) == before
+    first, third = data[:512].copy(), data[1024:1536].copy()
+    data[:512], data[1024:1536] = third, first
+    assert checksum(data) != before
+    whole = np.random.default_rng(1).integers(0, 256, CHUNK, dtype=np.uint8)
+    assert checksum(whole) != checksum(np.roll(whole, 512))
+    assert checksum(np.zeros(CHUNK, dtype=np.uint8)) == 0 != checksum(np.ones(1, dtype=np.uint8))
 
 
 # ---------------------------------------------------------------- copies that fail
