@@ -91,6 +91,30 @@ def eq3(length: int, capacity: int, cost: CostModel) -> tuple[float, int]:
     return best[1], best[0]
 
 
+def fewest_ranks(length: int, capacity: int, cost: CostModel, most: float) -> tuple[int, float]:
+    """(ranks, ratio): the fewest ranks that hold a sequence at a ratio of at most ``most``, and the smallest ratio for them.
+
+    The host-memory bound of :func:`eq3`, without its lower bound: a sequence of C + 1 tokens fits one rank at a ratio of 1/64,
+    where Eq. 3 would move everything or take two ranks. So never more ranks than Eq. 3, for the same ``most``.
+    """
+    ranks = max(1, -(-length // capacity_with(capacity, cost.layers, most)))
+    while True:
+        share = -(-length // ranks)
+        ratio = ratio_for(share, capacity, cost.layers)
+        assert ratio is not None
+        if not ratio or not cost.outside_memory or moved_bytes(share, 1, cost, ratio) <= cost.outside_memory:
+            return ranks, ratio
+        ranks += 1
+
+
+def refuse_no_room(cost: CostModel) -> PlanError:
+    """The error for a batch of which more must leave than the tiers hold."""
+    return PlanError(
+        f"{cost.outside_memory:.4g} bytes of host memory and disk a rank do not hold what the batch must offload:"
+        " raise host_memory, disk_memory or the capacity, or use more ranks"
+    )
+
+
 def refuse_too_long(sequence: int, length: int, world_size: int, capacity: int, layers: int, largest: int) -> PlanError:
     """The error for a sequence that does not fit; ``largest``: tokens a micro-batch may hold with what is allowed."""
     share = -(-length // world_size)

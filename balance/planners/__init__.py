@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hdp.balance.cost import CostModel, default_cost
-from hdp.balance.memory import capacity_with, refuse_too_long
+from hdp.balance.memory import capacity_with, most_moved, refuse_no_room, refuse_too_long
 from hdp.balance.plan import REGIMES, Plan, PlanError
 from hdp.balance.planners.problem import Problem
 from hdp.balance.topology import Topology
@@ -53,7 +53,10 @@ def plan(
         lengths, topology, cost, capacity=capacity, regime=regime, planner=planner, offload=offload, seed=seed
     )
     make: Callable[[Problem, str], Plan] = import_module(f"{__name__}.{PLANNERS[planner]}").make
-    return make(problem, planner)
+    made = make(problem, planner)
+    if made.offload and cost.outside_memory and most_moved(made, cost) > cost.outside_memory:
+        raise refuse_no_room(cost)
+    return made
 
 
 def make_problem(

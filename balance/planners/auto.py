@@ -11,8 +11,8 @@ import numpy as np
 
 from hdp import _planner
 from hdp.balance.evaluate import Evaluation, evaluate
-from hdp.balance.memory import capacity_with, most_moved
-from hdp.balance.plan import IntArray, Plan, PlanError
+from hdp.balance.memory import capacity_with, most_moved, refuse_no_room
+from hdp.balance.plan import IntArray, Plan
 from hdp.balance.planners.problem import Problem
 
 STEP_EFFORT = 12
@@ -41,8 +41,11 @@ def make(problem: Problem, name: str) -> Plan:
     are allowed, when no other plan fits.
     """
     longest = int(problem.lengths.max(initial=0))
+    ratios = _ratios(problem, longest)
+    if ratios == [0.0]:
+        return search(problem, name, problem.capacity)  # nothing leaves the device, nothing to compare
     plans: list[tuple[tuple[bool, int, float], Plan]] = []
-    for ratio in _ratios(problem, longest):
+    for ratio in ratios:
         room = capacity_with(problem.capacity, problem.cost.layers, ratio)
         made = search(problem, name, room)
         if problem.cost.outside_memory and most_moved(made, problem.cost) > problem.cost.outside_memory:
@@ -51,10 +54,7 @@ def make(problem: Problem, name: str) -> Plan:
         shows = problem.offload_hidden_only and _shows(result)
         plans.append(((shows, result.makespan, ratio), made))
     if not plans:
-        raise PlanError(
-            f"{problem.cost.outside_memory:.4g} bytes of host memory and disk a rank do not hold what the batch must offload:"
-            " raise host_memory, disk_memory or the capacity, or use more ranks"
-        )
+        raise refuse_no_room(problem.cost)
     return min(plans, key=lambda entry: entry[0])[1]
 
 

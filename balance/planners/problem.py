@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hdp.balance.cost import CostModel, Costs
-from hdp.balance.memory import capacity_with, hidden_ratio, ratio_for
+from hdp.balance.memory import fewest_ranks, hidden_ratio, ratio_for, refuse_no_room
 from hdp.balance.plan import IntArray, Plan
 from hdp.balance.topology import Topology
 
@@ -45,15 +45,16 @@ class Problem:
         return order[: np.count_nonzero(self.lengths)]
 
     def smallest_group(self, length: int) -> tuple[int, float]:
-        """Fewest ranks that can hold a sequence, and the offload ratio they need (Eq. 3)."""
-        ratio = self.offload
+        """Fewest ranks that can hold a sequence, and the offload ratio they need (Eq. 3, see :func:`fewest_ranks`)."""
+        most = self.offload
         if length > self.capacity and self.offload_hidden_only:
-            ratio = min(ratio, hidden_ratio(length, self.cost))
-            if -(-length // capacity_with(self.capacity, self.cost.layers, ratio)) > self.world_size:
-                ratio = self.offload  # a copy that shows is better than no step
-        ranks = max(1, -(-length // capacity_with(self.capacity, self.cost.layers, ratio)))
-        needed = ratio_for(-(-length // ranks), self.capacity, self.cost.layers)
-        return ranks, ratio if needed is None else needed
+            most = min(most, hidden_ratio(length, self.cost))
+        ranks, ratio = fewest_ranks(length, self.capacity, self.cost, most)
+        if ranks > self.world_size and most < self.offload:  # a copy that shows is better than no step
+            ranks, ratio = fewest_ranks(length, self.capacity, self.cost, self.offload)
+        if ranks > self.world_size:
+            raise refuse_no_room(self.cost)
+        return ranks, ratio
 
     def plan(self, groups: Iterable[Sequence[int]], slots: Iterable[int], *, planner: str, **fields: Any) -> Plan:
         """A plan of this problem from one group and one slot a sequence, with offload ratios where shares exceed capacity."""

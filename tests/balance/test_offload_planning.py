@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from hdp.balance import CostModel, Link, Plan, PlanError, Topology, evaluate, plan
 from hdp.balance.cost import TICK
-from hdp.balance.memory import capacity_with, most_moved
+from hdp.balance.memory import capacity_with, eq3, fewest_ranks, hidden_ratio, most_moved
+from hdp.balance.planners import PLANNERS, STOPPED_BY_TIME
 from hdp.cli import main
 
 LAYERS, CAPACITY, RANKS = 18, 1000, 4
@@ -89,6 +91,53 @@ def test_host_memory_bounds_what_leaves() -> None:
     assert plan(lengths, TOPOLOGY, more, capacity=CAPACITY, regime="slot", offload="auto").digest == free.digest
     with pytest.raises(PlanError, match="do not hold what the batch must offload"):
         plan([7900], TOPOLOGY, replace(COST, host_memory=1.0), capacity=CAPACITY, offload=1.0)
+
+
+@pytest.mark.parametrize("planner", [name for name in PLANNERS if name not in STOPPED_BY_TIME])
+@pytest.mark.parametrize("allowed", ["auto", 0.6])
+def test_every_planner_keeps_to_host_memory(planner: str, allowed: str | float) -> None:
+    """One rank would hold the document with offload; a third of the room is enough for two."""
+    lengths = [1900, 100, 200]
+    free = plan(lengths, TOPOLOGY, COST, capacity=CAPACITY, planner=planner, offload=0.6)
+    needs = most_moved(free, COST)
+    tight = replace(COST, host_memory=needs / 3 if needs else 1.0)
+    made = plan(lengths, TOPOLOGY, tight, capacity=CAPACITY, planner=planner, offload=allowed)
+    made.validate()
+    assert most_moved(made, tight) <= tight.host_memory
+    if planner in ("naive", "bytescale", "bytescale-pp"):  # the others take more ranks anyway
+        assert len(free.group(0)) == 1 < len(made.group(0))
+    with pytest.raises(PlanError, match="do not hold what the batch must offload"):
+        plan([7900], TOPOLOGY, replace(COST, host_memory=1.0), capacity=CAPACITY, planner=planner, offload=1.0)
+
+
+@given(
+    length=st.integers(1, 100_000),
+    layers=st.integers(1, 60),
+    most=st.integers(0, 64),
+    host=st.one_of(st.just(0.0), st.floats(1e6, 1e10)),
+    bandwidth=st.floats(1e8, 1e12),
+)
+@settings(max_examples=200, deadline=None)
+def test_fewest_ranks_against_brute_force_and_eq3(
+    length: int, layers: int, most: int, host: float, bandwidth: float
+) -> None:
+    """All ratios for all numbers of ranks; and never more ranks than Eq. 3 takes at the ratios that hide."""
+    cost = replace(COST, layers=layers, host_memory=host, copy_bandwidth=bandwidth)
+
+    def fits(ranks: int, step: int) -> bool:
+        share = -(-length // ranks)
+        kept = 2 + (1 - Fraction(step, 64)) * (layers - 2) if layers > 2 else layers
+        moved = step / 64 * max(layers - 2, 0) * cost.activation_bytes * share
+        return kept * share <= layers * CAPACITY and (not host or not step or moved <= host)
+
+    ranks, ratio = fewest_ranks(length, CAPACITY, cost, most / 64)
+    assert ratio <= most / 64 and fits(ranks, round(ratio * 64))
+    assert ranks == 1 or not any(fits(ranks - 1, step) for step in range(most + 1))
+    assert ratio == 0 or not any(fits(ranks, step) for step in range(round(ratio * 64)))
+    _, paper = eq3(length, CAPACITY, cost)
+    ours, _ = fewest_ranks(length, CAPACITY, cost, hidden_ratio(length, cost))
+    # Shares of a host bound are rounded up to whole tokens here, averages in Eq. 3.
+    assert ours <= paper + bool(host)
 
 
 @given(
