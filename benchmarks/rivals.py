@@ -3,7 +3,7 @@
   nice -n 19 python benchmarks/rivals.py --planners flexsp --keep /tmp/rivals.json      # hours; may be stopped and resumed
 
 Patience is counted in CPU seconds of the planner's process, so that a machine that is busy with something else does not
-turn a slow planner into one without a plan. What is kept is found again by the batch's lengths and by the source of all
+turn a slow planner into one without a plan. What is kept is found again by the costs of the batch and by the source of the
 modules that the planner's result depends on: a planner that has changed is run again.
 """
 
@@ -32,8 +32,8 @@ CONTEXTS = (32768, 262144, 2097152)
 WORLDS = (8, 64, 512, 4096, 12288)
 MOST_TOKENS = 33_554_432
 REGIMES = ("step", "slot")
-SHARED = ("cost", "evaluate", "models", "planners/problem", "planners/naive")
-"""Modules of ``hdp.balance`` that every result depends on, besides the planner's own."""
+SHARED = ("evaluate", "planners/problem", "planners/naive")
+"""Modules of ``hdp.balance`` that every result depends on, besides the planner's own and the costs of the batch."""
 
 
 def topology_of(world: int) -> Topology:
@@ -92,11 +92,13 @@ class Kept:
 def key_of(name: str, regime: str, world: int, lengths: np.ndarray, patience: float) -> str:
     """What the result depends on, in one line."""
     folder = Path(sys.modules["hdp.balance"].__file__ or "").parent
-    state = hashlib.sha256()
+    source, batch = hashlib.sha256(), hashlib.sha256()
     for module in (*SHARED, f"planners/{PLANNERS[name]}"):
-        state.update((folder / f"{module}.py").read_bytes())
-    batch = hashlib.sha256(np.ascontiguousarray(lengths, dtype="<i8").tobytes()).hexdigest()[:16]
-    return f"{name} {regime} {world} {batch} {state.hexdigest()[:16]} {patience:g}"
+        source.update((folder / f"{module}.py").read_bytes())
+    costs = cost_model().quantise(lengths, topology_of(world))
+    for terms in (costs.lengths, costs.linear, costs.attention, costs.ring):
+        batch.update(np.ascontiguousarray(terms, dtype="<i8").tobytes())
+    return f"{name} {regime} {world} {batch.hexdigest()[:16]} {source.hexdigest()[:16]} {patience:g}"
 
 
 def makespans(
