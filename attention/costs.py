@@ -12,7 +12,7 @@ Queries on tour lose their front half when they have passed member 0.
 
 from __future__ import annotations
 
-from hdp.attention.costs_nested import double_ring_cost, hybrid_cost, ulysses_cost
+from hdp.attention.costs_nested import double_ring_cost, hybrid_cost, ulysses_cost, ulysses_home_cost
 from hdp.attention.costs_ring import ring_cost
 from hdp.attention.costs_shape import Cost, Shape, inside, peak
 from hdp.attention.counts import Sizes
@@ -42,8 +42,8 @@ def cost(
         return _direct(shape, backward)
     if base == "all_gather":
         return _all_gather(shape, backward, int(number or 1))
-    if base == "ulysses":
-        return ulysses_cost(shape, backward, int(number or 1))
+    if base in ("ulysses", "ulysses_home"):
+        return (ulysses_cost if base == "ulysses" else ulysses_home_cost)(shape, backward, int(number or 1))
     nested = {"hybrid": hybrid_cost, "double_ring": double_ring_cost}[base]
     return nested(shape, backward, int(number))
 

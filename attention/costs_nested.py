@@ -95,6 +95,50 @@ def _ulysses_live(shape: Shape, deal: _Deal, t: int, backward: bool) -> float:
     return (n - 1) * total + arriving + sum(deal.gradient_bytes(shape, p, t - 2) for p in others)
 
 
+def ulysses_home_cost(shape: Shape, backward: bool, slices: int) -> Cost:
+    """Of member 0's tokens one half meets nobody else's, if the mask is causal; results return as partial sums."""
+    n, m, heads = shape.size, shape.member, shape.heads
+    deal = _Deal(heads, n, min(slices, -(-heads.query // n)))
+    others, turns = [p for p in range(n) if p != m], range(deal.slices)
+    own = shape.half_if(m == 0)
+    theirs = sum(shape.half_if(p == 0) for p in others)
+    mine = sum(deal.query_count(m, i) for i in turns)
+    kept = theirs * (shape.bytes(Kind.Q, mine) + shape.bytes(Kind.KV, deal.key_count(m)))
+    if backward:
+        sums = sum(sum(deal.returned(m, i)) for i in turns)
+        sent = own * shape.bytes(Kind.DO, heads.query - mine)
+        sent += theirs * (shape.bytes(Kind.DQ, mine) + shape.bytes(Kind.DKV, sums))
+    else:
+        keys = sum(deal.key_count(p) for p in others)
+        sent = own * (shape.bytes(Kind.Q, heads.query - mine) + shape.bytes(Kind.KV, keys))
+        sent += theirs * shape.bytes(Kind.OUT, mine)
+    home = shape.home_pairs
+    return Cost(
+        sent_bytes=sent,
+        area=home * heads.query + (shape.pairs - home) * n * mine,
+        steps=deal.slices + 2,
+        peak_bytes=peak(_ulysses_home_live(shape, deal, t, backward) for t in range(deal.slices + 2)),
+        kept_bytes=kept,
+    )
+
+
+def _ulysses_home_live(shape: Shape, deal: _Deal, t: int, backward: bool) -> float:
+    """At step ``t`` slice t arrives, t - 1 is computed, t - 2 returns."""
+    n, m = shape.size, shape.member
+    others = [p for p in range(n) if p != m]
+    own, theirs = shape.half_if(m == 0), sum(shape.half_if(p == 0) for p in others)
+    computed, returning = deal.query_count(m, t - 1), deal.query_count(m, t - 2)
+    coming = sum(deal.query_count(p, t - 2) for p in others)
+    if not backward:
+        return theirs * shape.bytes(Kind.OUT, computed + returning) + own * shape.bytes(Kind.OUT, coming)
+    waiting = sum(deal.query_count(m, i) for i in range(max(t - 1, 0), deal.slices))
+    total = shape.bytes(Kind.Q, waiting) + shape.bytes(Kind.KV, deal.key_count(m, t - 1))
+    total += shape.bytes(Kind.DO, deal.query_count(m, t) + computed)
+    total += shape.bytes(Kind.DQ, computed + returning) + shape.bytes(Kind.DKV, deal.key_count(m, t - 2, t - 1))
+    sums = sum(sum(deal.returned(p, t - 2)) for p in others)
+    return theirs * total + own * (shape.bytes(Kind.DQ, coming) + shape.bytes(Kind.DKV, sums))
+
+
 def hybrid_cost(shape: Shape, backward: bool, degree: int) -> Cost:
     node, place = divmod(shape.member, degree)
     deal, others = _Deal(shape.heads, degree), degree - 1

@@ -51,6 +51,11 @@ class Shape:
         chunk = self.tokens / 2
         return 2 * self.size * chunk * chunk + chunk
 
+    @property
+    def home_pairs(self) -> float:
+        """Pairs of one member's queries with its own keys."""
+        return self.tokens * (self.tokens + 1) / 2 if self.causal else self.tokens * self.tokens
+
     def bytes(self, kind: Kind, heads: int | None = None, final: bool = False) -> float:
         """Bytes of a block with some heads (all if None)."""
         count = self.heads.of(kind)[1] if heads is None else heads

@@ -10,6 +10,7 @@ program that tests draw, and one executor runs them all. Some take a number afte
     direct              K/V straight to each reader, one distance a step
     all_gather[:S]      K/V to all readers at once, in S slices of heads
     ulysses[:S]         heads travel, in S slices
+    ulysses_home[:S]    the same, but what needs no message is computed at home
     hybrid:H            heads inside nodes of H members, ring across nodes
     double_ring:I       a ring inside nodes of I members, another across nodes
 """
@@ -28,7 +29,7 @@ from hdp.attention.schedules import direct, local, ring, ring_q, token_ring
 from hdp.attention.schedules.all_gather import AllGather
 from hdp.attention.schedules.double_ring import DoubleRing
 from hdp.attention.schedules.hybrid import Hybrid
-from hdp.attention.schedules.ulysses import Ulysses
+from hdp.attention.schedules.ulysses import Ulysses, UlyssesHome
 
 
 class Schedule(Protocol):
@@ -57,12 +58,13 @@ PLAIN: dict[str, Schedule] = {
 NUMBERED: dict[str, tuple[Callable[[int], Schedule], int | None]] = {
     "all_gather": (AllGather, 1),
     "ulysses": (Ulysses, 1),
+    "ulysses_home": (UlyssesHome, 1),
     "hybrid": (Hybrid, None),
     "double_ring": (DoubleRing, None),
 }
 SCHEDULES = (*PLAIN, *NUMBERED)
 # Their backward starts from inputs that only their own forward keeps.
-_KEEPING = ("ring", "ulysses", "hybrid")
+_KEEPING = ("ring", "ulysses", "ulysses_home", "hybrid")
 
 
 @lru_cache(maxsize=256)
@@ -110,7 +112,7 @@ class Pair:
 def get_pair(forward: str, backward: str) -> Schedule:
     """Both directions of a sequence. ValueError if ``backward`` would not find what it needs.
 
-    ``ring``, ``ulysses`` and ``hybrid`` go backward from what their own forward kept; every other backward follows any
+    ``ring``, ``ulysses``, ``ulysses_home`` and ``hybrid`` go backward from what their own forward kept; every other backward follows any
     forward, which then keeps nothing.
     """
     return Pair(forward, backward)

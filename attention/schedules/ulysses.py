@@ -14,6 +14,16 @@ Backward finds the Q, K and V that forward received, so only DO goes out and DQ,
 
 ``ulysses:S`` cuts each member's heads into S slices: while one slice is computed the next arrives and the results of the
 last return. One slice has no overlap at all: three steps, computation in the middle one.
+
+``ulysses_home:S`` leaves at home what needs no message: pairs of tokens of one member are computed there, for all heads,
+while the first slice is on its way and while the last results return. Holders compute the rest::
+
+    step   0                  1             2             3
+           Q, K, V slice 0    slice 1       OUT slice 0   OUT slice 1
+           home, some heads   slice 0       slice 1       home, other heads
+
+Chunks that no other member's tokens meet stay as well (causal, zigzag: one half of member 0's). The price: results
+return as partial sums, in fp32.
 """
 
 from __future__ import annotations
@@ -27,21 +37,38 @@ from hdp.attention.schedules.sight import Sight, send, split, whole_groups
 class Ulysses:
     """The schedule with ``slices`` slices a member."""
 
+    name = "ulysses"
+
     def __init__(self, slices: int = 1) -> None:
         if slices < 1:
-            raise ValueError(f"ulysses:{slices}: the number of slices is at least 1")
+            raise ValueError(f"{self.name}:{slices}: the number of slices is at least 1")
         self.slices = slices
 
     def forward(self, layout: Layout, mask: Mask, heads: HeadCount, member: int) -> RankProgram:
-        part = _Part(layout, mask, heads, member, self.slices)
+        part = self._part(layout, mask, heads, member)
         return RankProgram(steps=part.steps((Kind.Q, Kind.KV), (Kind.OUT,)), keep=part.kept())
 
     def backward(self, layout: Layout, mask: Mask, heads: HeadCount, member: int) -> RankProgram:
-        part = _Part(layout, mask, heads, member, self.slices)
+        part = self._part(layout, mask, heads, member)
         return RankProgram(steps=part.steps((Kind.DO,), (Kind.DQ, Kind.DKV)), keep=part.kept())
+
+    def _part(self, layout: Layout, mask: Mask, heads: HeadCount, member: int) -> _Part:
+        return _Part(layout, mask, heads, member, self.slices)
+
+
+class UlyssesHome(Ulysses):
+    """The variant that computes pairs of one member's tokens at that member."""
+
+    name = "ulysses_home"
+
+    def _part(self, layout: Layout, mask: Mask, heads: HeadCount, member: int) -> _Part:
+        return _HomePart(layout, mask, heads, member, self.slices)
 
 
 class _Part:
+    is_final = True
+    """Whether a holder's results are complete where it has all heads that add to them."""
+
     def __init__(self, layout: Layout, mask: Mask, heads: HeadCount, member: int, slices: int) -> None:
         self.sight, self.heads, self.member, self.size = Sight(layout, mask), heads, member, layout.size
         # Slices that no member needs are left out; all members agree on how many there are.
@@ -52,6 +79,7 @@ class _Part:
         if self.size == 1:
             return (Step(tiles=self._tiles(0)),)
         steps = []
+        home = self._home_tiles(inputs, results)
         for step in range(self.slices + 2):
             sends: tuple[Transfer, ...] = ()
             receives: tuple[Transfer, ...] = ()
@@ -61,7 +89,7 @@ class _Part:
                 sends += self._return(step - 2, results, owner=to, holder=self.member, peer=to)
                 receives += self._deal(step, inputs, owner=source, holder=self.member, peer=source)
                 receives += self._return(step - 2, results, owner=self.member, holder=source, peer=source)
-            steps.append(Step(sends=sends, receives=receives, tiles=self._tiles(step - 1)))
+            steps.append(Step(sends=sends, receives=receives, tiles=self._tiles(step - 1) + home.get(step, ())))
         return tuple(steps)
 
     def kept(self) -> tuple[Value, ...]:
@@ -87,28 +115,40 @@ class _Part:
         before = self.shares[holder][0], queries[0]
         if before[0] < before[1]:
             keys = (max(keys[0], self.heads.keys_for(before)[1]), keys[1])
-        chunks = self.sight.chunks(owner)
-        return tuple(t for kind in kinds for t in send(kind, chunks, keys if kind is Kind.KV else queries, peer))
+        return tuple(
+            t
+            for kind in kinds
+            for t in send(kind, self._chunks(owner, kind), keys if kind is Kind.KV else queries, peer)
+        )
 
     def _return(self, slice_: int, kinds: tuple[Kind, ...], owner: int, holder: int, peer: int) -> tuple[Transfer, ...]:
         """Results of ``owner``'s tokens from ``holder``'s slice; a DKV that a later slice adds to waits for it."""
         queries = self._queries(holder, slice_)
         if queries[0] >= queries[1]:
             return ()
-        chunks, group = self.sight.chunks(owner), self.heads.group
+        group = self.heads.group
         transfers: tuple[Transfer, ...] = ()
         for kind in kinds:
+            chunks = self._chunks(owner, kind)
             if kind is not Kind.DKV:
-                transfers += send(kind, chunks, queries, peer, final=True)
+                transfers += send(kind, chunks, queries, peer, final=self.is_final)
                 continue
             share = self.shares[holder]
             for piece in whole_groups(queries, group):
                 keys = self.heads.keys_for(piece)
                 if keys[1] * group > queries[1] and share[1] > queries[1]:
                     continue
-                final = share[0] <= keys[0] * group and keys[1] * group <= share[1]
-                transfers += send(kind, chunks, keys, peer, final=final)
+                whole = share[0] <= keys[0] * group and keys[1] * group <= share[1]
+                transfers += send(kind, chunks, keys, peer, final=self.is_final and whole)
         return transfers
+
+    def _chunks(self, owner: int, kind: Kind) -> tuple[int, ...]:
+        """Chunks of ``owner`` that travel."""
+        return self.sight.chunks(owner)
+
+    def _home_tiles(self, inputs: tuple[Kind, ...], results: tuple[Kind, ...]) -> dict[int, tuple[Tile, ...]]:
+        """Tiles on this member's own tokens, by step."""
+        return {}
 
     def _tiles(self, slice_: int) -> tuple[Tile, ...]:
         chunks = tuple(sorted(c for m in range(self.size) for c in self.sight.chunks(m)))
@@ -116,3 +156,41 @@ class _Part:
         if not chunks or queries[0] >= queries[1]:
             return ()
         return (Tile(queries=chunks, keys=chunks, heads=queries),)
+
+
+class _HomePart(_Part):
+    is_final = False
+
+    def _chunks(self, owner: int, kind: Kind) -> tuple[int, ...]:
+        """Those that meet tokens of other members."""
+        own = self.sight.chunks(owner)
+        others = [c for m in range(self.size) if m != owner for c in self.sight.chunks(m)]
+        return self.sight.seen(others, own) if kind.is_per_key else self.sight.seeing(own, others)
+
+    def _home_tiles(self, inputs: tuple[Kind, ...], results: tuple[Kind, ...]) -> dict[int, tuple[Tile, ...]]:
+        """In the first and the last step, heads in proportion to the bytes on their way meanwhile."""
+        own, (units, unit) = self.sight.chunks(self.member), self._units()
+        coming, going = (self._weight(kinds) for kinds in (inputs, results))
+        cut = unit * ((2 * units * coming + coming + going) // (2 * (coming + going)))
+        return {
+            0: self.sight.tiles(own, own, (0, cut)),
+            self.slices + 1: self.sight.tiles(own, own, (cut, self.heads.query)),
+        }
+
+    def _units(self) -> tuple[int, int]:
+        """Into how many parts of how many query heads heads can be cut without cutting a key/value head in two."""
+        return (self.heads.key, self.heads.group) if self.heads.key > 1 else (self.heads.query, 1)
+
+    def _weight(self, kinds: tuple[Kind, ...]) -> int:
+        """Elements per token, in elements of K."""
+        return sum(2 if kind.is_per_key else self.heads.group for kind in kinds)
+
+    def _tiles(self, slice_: int) -> tuple[Tile, ...]:
+        queries = self._queries(self.member, slice_)
+        if self.size == 1:
+            return super()._tiles(slice_)
+        tiles: tuple[Tile, ...] = ()
+        for owner in range(self.size):
+            keys = sorted(c for m in range(self.size) if m != owner for c in self._chunks(m, Kind.KV))
+            tiles += self.sight.tiles(self._chunks(owner, Kind.Q), tuple(keys), queries)
+        return tiles

@@ -17,6 +17,7 @@ from hdp.attention.schedules import get_schedule
 
 NAMES = (
     *("ring", "ring_q", "token_ring", "direct", "all_gather", "all_gather:3", "ulysses", "ulysses:2", "ulysses:3"),
+    *("ulysses_home", "ulysses_home:2", "ulysses_home:3"),
     *("hybrid:1", "hybrid:2", "hybrid:3", "hybrid:4", "double_ring:1", "double_ring:2", "double_ring:3"),
 )
 HEADS = (
