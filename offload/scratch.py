@@ -19,6 +19,8 @@ from hdp.offload.errors import OffloadError
 PREFIX = "hdp-offload-"
 GRACE = 60.0
 """Seconds that a file may exist before it is locked and gets its final name."""
+IN_MEMORY = ("tmpfs", "ramfs")
+"""File systems that take O_DIRECT (Linux 6.6) and keep their files in memory all the same."""
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL)
 
 
@@ -49,6 +51,21 @@ def _age(path: Path) -> float:
         return 0.0
 
 
+def file_system(folder: Path) -> str:
+    """Type of the file system that holds a folder, as the kernel names it; empty where it does not tell."""
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    for line in lines:  # "36 35 98:0 /mnt1 /mnt2 rw,noatime master:1 - ext3 /dev/root rw,errors=continue"
+        before, _, after = line.partition(" - ")
+        if before.split()[2] == number:
+            return after.split()[0]
+    return ""
+
+
 class ScratchFile:
     """An open file for positioned reads and writes; deleted by :meth:`close` or by the end of the process."""
 
@@ -59,6 +76,11 @@ class ScratchFile:
         self.fd = -1
         if not self.folder.is_dir():
             raise OffloadError(f"offload folder {str(self.folder)!r} does not exist: create it on a local disk")
+        if direct and (kind := file_system(self.folder)) in IN_MEMORY:
+            raise OffloadError(
+                f"offload folder {str(self.folder)!r} is on {kind}, which is memory: what leaves would free nothing; name a "
+                "folder on a local disk, or pass direct=False, which counts as memory in use"
+            )
         self.swept = sweep(self.folder)
         flags = os.O_RDWR | (os.O_DIRECT if direct else 0)
         try:

@@ -208,3 +208,49 @@ def test_tensors_saved_twice_are_stored_once():
         one = 128 * 16 * 4
         # A layer's: y (saved three times, twice as a view), y*y, sin(y*y), tanh: four storages.
         assert batch.layer_bytes[1] == 4 * one
+
+
+class Noting(HostTier):
+    """Notes what is read back, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[int] = []
+        self.reads: list[int] = []
+
+    def write(self, slot, flat, split):
+        self.written.append(id(slot))
+        super().write(slot, flat, split)
+
+    def read(self, slot, flat, split):
+        self.reads.append(id(slot))
+        super().read(slot, flat, split)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_layers_come_back_in_reverse_order_one_ahead(model, ratio):
+    """When backward enters a layer, its own activations and those of the layer before have been asked for, none earlier."""
+    tier = Noting()
+    asked: dict[int, int] = {}
+
+    def note(n):
+        asked[n] = len(tier.reads)
+
+    hooks = [layer.register_full_backward_pre_hook(lambda *_, n=n: note(n)) for n, layer in enumerate(model.layers)]
+    try:
+        with OffloadEngine([tier], min_bytes=512, copies=shuffled_copies(Shuffle(0, 1.0))) as engine:
+            batch = engine.micro_batch(model, tokens=TOKENS, ratio=ratio)
+            with batch:
+                loss = model(token_ids(TOKENS))
+                moved = [len({id(r) for r in batch._visits[n] if r.slot and r.visit == n}) for n in range(10)]
+                loss.backward()
+            assert engine.meter.late == 0
+    finally:
+        for hook in hooks:
+            hook.remove()
+    # Of the last layer only what is saved on the way to it.
+    assert moved[0] == 0 and moved[9] == 1 and min(moved[1:9]) > 3
+    assert sum(moved) == len(tier.reads) == len(tier.written)
+    assert tier.reads == tier.written[::-1]
+    # Entering layer n: all above it have been read, and it itself one layer ahead.
+    assert [asked[n] for n in range(9, 0, -1)] == [sum(moved[n:]) for n in range(9, 0, -1)]

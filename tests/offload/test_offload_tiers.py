@@ -8,7 +8,6 @@ import errno
 import gc
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +23,6 @@ from hdp.offload import FileTier, HostTier, OffloadEngine, OffloadError, measure
 from hdp.offload.buffers import PAGE, BufferPool, round_to_page
 from hdp.offload.extents import ExtentMap
 from hdp.offload.file_tier import CHUNK, checksum
-from hdp.offload.scratch import ScratchFile
 from hdp.offload.split import Split, flat_bytes, is_dense, make_split
 from hdp.offload.streams import Copies, CudaStream, ThreadStream
 from hdp.offload.tiers import Chain
@@ -307,61 +305,6 @@ except OffloadError as error:
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert "disk: write of" in out.stdout or "short write" in out.stdout, out
-
-
-# ---------------------------------------------------------------- crashes
-
-
-def crash(folder, named):
-    """A process that holds a scratch file of 1 MiB and is killed; returns its path, if it has one."""
-    code = f"""
-import sys, time
-from hdp.offload.scratch import ScratchFile
-file = ScratchFile({str(folder)!r}, named={named})
-file.truncate(1 << 20)
-print(file.path, flush=True)
-time.sleep(60)
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    path = process.stdout.readline().strip()
-    return process, path
-
-
-@pytest.mark.parametrize("named", [True, False])
-def test_nothing_is_left_after_a_crash(tmp_path, named):
-    process, path = crash(tmp_path, named)
-    try:
-        assert [str(p) for p in tmp_path.iterdir()] == ([path] if named else [])
-        with_owner = ScratchFile(tmp_path, named=True)
-        assert with_owner.swept == [] and len(list(tmp_path.iterdir())) == 1 + named  # its owner lives
-        with_owner.close()
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-    after = ScratchFile(tmp_path)
-    assert [str(p) for p in after.swept] == ([path] if named else [])
-    assert list(tmp_path.iterdir()) == []
-    after.close()
-
-
-def test_a_folder_that_cannot_be_used_is_named(tmp_path):
-    with pytest.raises(OffloadError, match="does not exist: create it on a local disk"):
-        FileTier(tmp_path / "absent")
-
-
-def test_a_file_system_without_direct_io_is_refused(tmp_path, monkeypatch):
-    real = os.open
-
-    def refusing(path, flags, *rest, **more):
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        return real(path, flags, *rest, **more)
-
-    monkeypatch.setattr(os, "open", refusing)
-    with pytest.raises(OffloadError, match=r"refuses O_DIRECT: .*pass direct=False"):
-        FileTier(tmp_path)
-    FileTier(tmp_path, direct=False).close()
 
 
 # ---------------------------------------------------------------- streams
