@@ -1,0 +1,224 @@
+"""Whole steps, attention programs and collectives together: proved free of hangs, and what ranks really do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from engines import CollectiveRecorder, make_engine, make_model, plan_batch, regime_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import make_documents
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+import hdp
+from hdp.attention.exchange import Message
+from hdp.balance import Plan, make_plan
+from hdp.parallel.arrangement import Arrangement, ArrangementError
+from hdp.parallel.step_checker import Await, Collectives, Exchange, Launch, check_step, run_together, step_actions
+
+SCHEDULES = ("ring", "token_ring", "direct", "all_gather", "ulysses")
+
+
+def by_hand(
+    world: int, groups: list[tuple[int, ...]], slots: list[int], regime: str = "step", lengths: list[int] | None = None,
+    schedule: str = "ring",
+) -> Plan:  # fmt: skip
+    lengths = lengths or [20 + 3 * i for i in range(len(groups))]
+    return Plan.from_groups(
+        lengths, groups, slots, world_size=world, capacity=200, regime=regime, planner="by hand",
+        schedule_names=("local", schedule),
+    )  # fmt: skip
+
+
+def engines_of(world: int) -> list[Collectives]:
+    found = [
+        Collectives(),
+        Collectives(deferred=False),
+        Collectives(engine="ddp", deferred=True),
+        Collectives(layers=3),
+    ]
+    if world % 2 == 0 and world > 2:
+        half = tuple(tuple(range(i, i + world // 2)) for i in (0, world // 2))
+        found += [Collectives(shards=half, deferred=False), Collectives(shards=half, deferred=False, layers=3)]
+    return found
+
+
+PLANS = st.sampled_from([1, 2, 3, 4]).flatmap(
+    lambda world: st.tuples(
+        st.just(world),
+        st.lists(
+            st.tuples(st.lists(st.integers(0, world - 1), min_size=1, max_size=world, unique=True), st.integers(0, 3)),
+            min_size=1, max_size=6,
+        ),
+    )
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(PLANS, st.sampled_from(["step", "slot"]), st.sampled_from(SCHEDULES))
+def test_every_step_runs_through(drawn, regime, schedule):
+    world, sequences = drawn
+    groups, slots = [tuple(group) for group, _ in sequences], [slot for _, slot in sequences]
+    plan = by_hand(world, groups, slots, regime, schedule=schedule)
+    for collectives in engines_of(world):
+        if regime == "step" or collectives.engine == "fsdp":
+            check_step(plan, collectives)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([2, 3, 4, 6]), st.lists(st.integers(1, 250), min_size=1, max_size=20),
+    st.sampled_from(["naive", "static", "auto"]), st.sampled_from(["step", "slot"]),
+)  # fmt: skip
+def test_every_planners_step_runs_through(world, lengths, planner, regime):
+    plan = make_plan(
+        [min(n, 64 * world) for n in lengths], world_size=world, capacity=64, planner=planner, regime=regime
+    )
+    for collectives in engines_of(world):
+        if regime == "step" or collectives.engine == "fsdp":
+            check_step(plan, collectives)
+
+
+# ---------------------------------------------------------------- refused
+
+SHARED_LAST_FOR_ONE = ([(0, 1), (1,)], [0, 1])
+
+
+def test_reductions_that_block_in_a_shared_last_micro_batch_hang():
+    plan = by_hand(2, *SHARED_LAST_FOR_ONE)
+    with pytest.raises(ArrangementError, match=r"rank 0 in reduction of layer 1; rank 1 in attention with ranks \[0\]"):
+        check_step(plan, Collectives(deferred=False), Arrangement(closing=False))
+    check_step(plan, Collectives(deferred=False), Arrangement(closing=True))
+
+
+def test_reductions_over_replicas_hang_where_those_over_shards_would_not():
+    """Shards (0, 1) and (2, 3); rank 2's last micro-batch is shared with rank 0, for which it is not the last."""
+    plan = by_hand(4, [(0, 2), (0,), (1,), (3,)], [0, 1, 0, 0])
+    shards = ((0, 1), (2, 3))
+    with pytest.raises(ArrangementError, match="rank 2 in reduction of layer 1 over replicas"):
+        check_step(plan, Collectives(shards=shards, deferred=False), Arrangement(closing=False))
+    check_step(plan, Collectives(shards=shards, deferred=False))
+
+
+def test_gathers_inside_a_step_hang():
+    """What FSDP2 would do by itself: gather in each rank's first forward pass."""
+    actions = step_actions(by_hand(2, [(1,), (0, 1)], [0, 1]), Collectives())
+    late = {}
+    for rank, todo in actions.items():
+        gathers = [a for a in todo if isinstance(a, Launch) and a.name == "all-gather of layer 1"]
+        rest = [a for a in todo if a not in gathers]
+        at = next(i for i, a in enumerate(rest) if a == Await(2))
+        late[rank] = [*rest[:at], *gathers, *rest[at:]]
+    run_together(actions)
+    with pytest.raises(ArrangementError, match="all-gather of layer 1"):
+        run_together(late)
+
+
+def test_another_order_of_collectives_is_refused():
+    def launch(*names: str) -> list[Any]:
+        return [Launch(name, (0, 1)) for name in names] + [Await(0), Await(1)]
+
+    run_together({0: launch("a", "b"), 1: launch("a", "b")})
+    with pytest.raises(ArrangementError, match="rank 1 launches the b where rank 0 launches the a"):
+        run_together({0: launch("a", "b"), 1: launch("b", "a")})
+
+
+def test_a_collective_that_one_rank_leaves_out_is_refused():
+    with pytest.raises(ArrangementError, match="do not launch the same collectives"):
+        run_together({0: [Launch("a", (0, 1))], 1: []})
+
+
+def test_exchanges_that_wait_in_a_circle_are_refused():
+    def call(peer: int, is_send: bool) -> Exchange:
+        return Exchange((Message(peer=peer, is_send=is_send, tag=0),))
+
+    circle = {
+        0: [call(1, True), call(2, False)],
+        1: [call(2, True), call(0, False)],
+        2: [call(0, True), call(1, False)],
+    }
+    with pytest.raises(ArrangementError, match="this step would hang"):
+        run_together(circle)
+
+
+# ---------------------------------------------------------------- what ranks do
+
+REAL: dict[str, tuple[int, Collectives, dict[str, Any]]] = {
+    "fsdp-step": (2, Collectives(), {}),
+    "fsdp-step, bf16": (2, Collectives(), {"bf16": True}),
+    "fsdp-step, host memory": (2, Collectives(deferred=False), {"offload": True}),
+    "fsdp-slot": (2, Collectives(), {}),
+    "fsdp-slot, host memory": (2, Collectives(deferred=False), {"offload": True}),
+    "hsdp-step": (4, Collectives(shards=((0, 1), (2, 3)), deferred=False), {}),
+    "hsdp-slot": (4, Collectives(shards=((0, 1), (2, 3)), deferred=False), {}),
+    "ddp": (2, Collectives(engine="ddp"), {}),
+}
+GROUPS = {
+    "shared in two slots": ([(0, 1), (1,), (1, 0), (0,)], [0, 1, 2, 2]),
+    "a closing micro-batch": ([(0, 1), (1,)], [0, 1]),
+    "a rank with nothing": ([(1,), (1,)], [0, 1]),
+}
+
+
+def record(world: hdp.World, name: str, plan: Plan, options: dict[str, Any]) -> list[Any]:
+    """Launches and grouped calls of this rank in one step, in order."""
+    name = name.partition(",")[0]
+    if options.pop("offload", False):
+        policy = CPUOffloadPolicy(pin_memory=False)
+        engine = hdp.shard(make_model(), world, regime=regime_of(name), offload_policy=policy)
+    else:
+        engine = make_engine(world, name, make_model(), **options)
+    documents = make_documents(plan.lengths.tolist())
+    batch = plan_batch(world, engine, documents, 200, planner=lambda *_, **__: plan)
+    with CollectiveRecorder() as recorder:
+        post = world.channel.post
+
+        def noted(sends: Any, receives: Any, tag: int) -> Any:
+            ends = {(p.peer, True) for p, _ in sends} | {(p.peer, False) for p, _ in receives}
+            recorder.calls.append(("exchange", str(sorted(ends)), 0))
+            return post(sends, receives, tag)
+
+        world.channel.post = noted  # type: ignore[method-assign]
+        try:
+            engine.forward_backward(batch)
+        finally:
+            del world.channel.post
+    control = recorder.calls[-1][1]  # the group of what a step reports
+    kinds = {"allgather_base": "all-gather", "reduce_scatter_base": "reduction", "allreduce": "reduction over replicas"}
+    found = []
+    for call, group, _ in recorder.calls:
+        if call == "exchange":
+            found.append(("exchange", group))
+        elif group != control:
+            found.append(("launch", kinds[call.removeprefix("c10d::").strip("_")]))
+    return found
+
+
+def predicted(plan: Plan, collectives: Collectives) -> dict[int, list[Any]]:
+    found: dict[int, list[Any]] = {}
+    for rank, actions in step_actions(plan, collectives).items():
+        found[rank] = []
+        for action in actions:
+            if isinstance(action, Exchange):
+                found[rank].append(("exchange", str(sorted({(m.peer, m.is_send) for m in action.messages}))))
+            elif isinstance(action, Launch):
+                over = " over replicas" if action.name.endswith("over replicas") else ""
+                found[rank].append(("launch", action.name.partition(" of ")[0] + over))
+    return found
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+@pytest.mark.parametrize("case", REAL)
+def test_ranks_do_what_was_checked(ranks, case, groups):
+    world, collectives, options = REAL[case]
+    name = case.partition(",")[0]
+    plan = by_hand(world, *GROUPS[groups], regime=regime_of(name))
+    check_step(plan, collectives)
+    wanted = predicted(plan, collectives)
+    for rank, found in enumerate(ranks(world).run(record, case, plan, options)):
+        if name == "ddp":  # its buckets are not its layers
+            assert [f for f in found if f[0] == "exchange"] == [w for w in wanted[rank] if w[0] == "exchange"]
+            assert found[-1] == ("launch", "reduction over replicas")
+        else:
+            assert found == wanted[rank], rank
