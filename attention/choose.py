@@ -27,7 +27,10 @@ from hdp.attention.program import HeadCount
 from hdp.attention.schedules import get_pair, get_schedule
 
 LINK_KINDS = ("nic", "peer")
-FORWARD = ("ring", "direct", "token_ring", "all_gather", "all_gather:2", "all_gather:4", "ulysses", "ulysses:2")
+FORWARD = (
+    *("ring", "direct", "token_ring", "all_gather", "all_gather:2", "all_gather:4"),
+    *("ulysses", "ulysses:2", "ulysses_home", "ulysses_home:2"),
+)
 BACKWARD = ("ring", "ring_q", *FORWARD[1:])
 SIGNIFICANT_BITS = 5
 WINDOW_BITS = 3

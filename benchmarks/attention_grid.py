@@ -22,6 +22,8 @@ PAIRS = (
     "all_gather:2/all_gather:2",
     "ulysses/ulysses",
     "ulysses:2/ulysses:2",
+    "ulysses_home/ulysses_home",
+    "ulysses_home:2/ulysses_home:2",
     "hybrid:2/hybrid:2",
 )
 

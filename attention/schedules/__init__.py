@@ -112,7 +112,7 @@ class Pair:
 def get_pair(forward: str, backward: str) -> Schedule:
     """Both directions of a sequence. ValueError if ``backward`` would not find what it needs.
 
-    ``ring``, ``ulysses``, ``ulysses_home`` and ``hybrid`` go backward from what their own forward kept; every other backward follows any
-    forward, which then keeps nothing.
+    ``ring``, ``ulysses``, ``ulysses_home`` and ``hybrid`` go backward from what their own forward kept; every other backward
+    follows any forward, which then keeps nothing.
     """
     return Pair(forward, backward)

@@ -63,6 +63,9 @@ MESH = ("ring", "ring_q", "token_ring", "direct")
         (("ring", "ring"), case(size=2, heads=(32, 1), communication=0.25)),
         # Multi-head attention on slow links: moving heads sends 2/size of what the ring sends.
         (("ulysses:2", "ulysses:2"), case(size=8, communication=4)),
+        # The same where links keep up with computation: own pairs fill the first and the last step.
+        (("ulysses_home:2", "ulysses_home:2"), case(communication=1)),
+        (("ulysses_home:2", "ulysses_home:2"), case(size=2, communication=1, element=4)),
         # A mesh of links: everybody from everybody at once, in slices of heads.
         (("all_gather:4", "all_gather:4"), case(heads=(32, 4), kind="peer", communication=4)),
         # Two sizes of mesh without all-to-all schedules: queries travel for MHA, keys for GQA.
