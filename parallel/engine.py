@@ -26,6 +26,7 @@ from hdp.parallel.costs import assume
 from hdp.parallel.loader import Loader
 from hdp.parallel.loss import loss_sum
 from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans
+from hdp.parallel.models import check_attention, check_router, compute_dtype, output_head
 from hdp.parallel.schedules import make_chooser
 from hdp.parallel.world import World
 
@@ -183,7 +184,8 @@ class Engine:
                 world.guard.enter(f"step {batch.step}, slot {slot}, forward")
                 loss = self._loss(inputs)
                 world.guard.enter(f"step {batch.step}, slot {slot}, backward")
-                self._backward(loss / batch.loss_weight)
+                with full_precision(world.device):
+                    self._backward(loss / batch.loss_weight)
             total += float(loss.detach())
             stop = time.perf_counter()
             spans.append(self._span(slot, "compute", start - begin, stop - begin, inputs.sequences))
@@ -228,6 +230,7 @@ class Engine:
         for work in works(batch.plan, self.world.rank, Arrangement(closing=False)):
             inputs = build_inputs(batch, work.micro_batch, self.world.runtime, self.world.device, cache)
             total += float(self._loss(inputs))
+            clear_casts(self.world.device)
         self._end_evaluation()
         return float(gather_numbers(self.world, total).sum())
 
@@ -288,56 +291,24 @@ def global_norm(grads: list[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
 
 
-def compute_dtype(model: nn.Module) -> torch.dtype:
-    """Of most of the model's parameters; mixed precision that a wrapper adds is not seen here."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Backward of a micro-batch that a user runs under ``torch.autocast``: its operations follow the forward pass's.
+
+    Casts that autocast remembers are forgotten: in regime ``slot`` they would keep every layer's gathered weights.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    clear_casts(device)
+    with torch.autocast(device.type, enabled=False):
+        yield
 
 
-def check_attention(model: nn.Module) -> None:
-    """Raises ValueError if a transformers model would not use hdp's attention."""
-    config = getattr(model, "config", None)
-    name = getattr(config, "_attn_implementation", None)
-    if config is not None and name != "hdp":
-        raise ValueError(
-            f'the model\'s attention is {name!r}: make it with attn_implementation="hdp",'
-            ' or call model.set_attn_implementation("hdp")'
-        )
-
-
-def check_router(model: nn.Module) -> None:
-    """Raises ValueError if a mixture of experts asks for its auxiliary loss, which no micro-batch can compute alone."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "output_router_logits", False):
-        raise ValueError(
-            "config.output_router_logits is True: the router's load-balancing loss is a product of means over the whole"
-            " global batch, and transformers would take them over one micro-batch of one rank; set"
-            " config.output_router_logits = False to train without it"
-        )
-
-
-def output_head(model: nn.Module) -> nn.Linear:
-    """The linear layer that makes logits. Raises ValueError if there is none that the fused loss can stand in for."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
-    if head is None or not hasattr(head, "weight"):
-        raise ValueError(
-            f"{type(model).__name__} has no output head (get_output_embeddings() or lm_head) to compute a loss from"
-        )
-    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
-        raise ValueError(
-            f"the output head is wrapped by peft ({type(head).__name__}): the fused loss reads its weight and would pass the"
-            " adapter by; leave lm_head out of target_modules and modules_to_save"
-        )
-    config = getattr(model, "config", None)
-    for field in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
-        value = getattr(config, field, None)
-        if value not in (None, 1, 1.0):
-            raise ValueError(
-                f"{type(model).__name__} changes its logits after the head ({field}={value}), which is not supported"
-            )
-    if not hasattr(head, "bias"):
-        head.bias = None
-    return head
+def clear_casts(device: torch.device) -> None:
+    """Forgets autocast's copies of weights, which may be other weights by the next micro-batch."""
+    if torch.is_autocast_enabled(device.type):
+        torch.clear_autocast_cache()
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ def loss_sum(
     """Sum of cross-entropies of ``hidden @ weight.T + bias`` against ``labels``, in fp32 at least.
 
     Args:
-        hidden: [tokens, width]. weight: [vocabulary, width]. bias: [vocabulary] or None.
+        hidden: [tokens, width]. weight: [vocabulary, width]. bias: [vocabulary] or None. Products are computed in the dtype of
+            ``hidden``, or in autocast's; gradients of the head are summed in fp32.
         labels: [tokens], already shifted; IGNORE_INDEX for tokens that do not count.
         weights: [tokens] factors of each token's loss, or None.
 
@@ -43,7 +44,9 @@ def loss_sum(
             raise ValueError(
                 f"label {bad} is outside the vocabulary of {weight.shape[0]}: use {IGNORE_INDEX} for ignored tokens"
             )
-    if liger_takes(hidden, weights):
+    if torch.is_autocast_enabled(hidden.device.type):  # as the head's own product would be computed
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    if liger_takes(hidden, weights) and weight.dtype == hidden.dtype:
         liger: Any = liger_loss()
         return liger(weight, hidden, labels, bias)
     return _ChunkedLoss.apply(hidden, weight, bias, labels, weights)
@@ -71,6 +74,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor | None
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
+        weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
         needs = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden) if needs[0] else None
@@ -97,7 +102,6 @@ class _ChunkedLoss(torch.autograd.Function):
                 d_bias += d_logits.sum(0)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         ctx.used = False
-        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         return total
 
     @staticmethod

@@ -28,6 +28,10 @@ def regime_of(name: str) -> str:
     return "slot" if name.endswith("slot") or name in ("zero2", "zero3") else "step"
 
 
+def worlds_of(name: str) -> tuple[int, ...]:
+    return (4,) if name.startswith("hsdp") else (2, 3)
+
+
 def make_engine(
     world: hdp.World, name: str, model: nn.Module, *, bf16: bool = False, optimizer: Optimizer | None = None
 ) -> hdp.Engine:
@@ -108,7 +112,8 @@ class CollectiveRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):  # type: ignore[no-untyped-def]
         name = function.name()
-        if name.startswith("c10d::") and not any(word in name for word in ("send", "recv", "monitored")):
+        left_out = any(word in name for word in ("send", "recv", "monitored", "wait_tensor"))
+        if name.startswith(("c10d::", "_c10d_functional::")) and not left_out:
             group = next((g for a in arguments if (g := _group_name(a))), "")
             self.calls.append((name, group, _elements(arguments)))
         return function(*arguments, **(keywords or {}))
@@ -138,4 +143,5 @@ __all__ = [
     "make_model",
     "plan_batch",
     "regime_of",
+    "worlds_of",
 ]

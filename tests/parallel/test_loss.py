@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hdp.parallel import loss
 from hdp.parallel.loss import IGNORE_INDEX, chunk_rows, loss_sum
@@ -192,3 +193,38 @@ def test_liger_is_for_gpus_and_equal_weights():
     assert not loss.liger_takes(cuda, torch.ones(3))
     assert not loss.liger_takes(like(True, tokens=0), None)
     assert not loss.liger_takes(like(True, dtype=torch.float64), None)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        made = function(*arguments, **(keywords or {}))
+        if isinstance(made, Tensor):
+            self.elements = max(self.elements, made.numel())
+        return made
+
+
+def test_logits_are_never_whole():
+    vocabulary, largest = 4096, []
+    for tokens in (2048, 8192):
+        hidden, weight = torch.randn(tokens, 8, requires_grad=True), torch.randn(vocabulary, 8, requires_grad=True)
+        with Largest() as mode:
+            loss_sum(hidden, weight, None, torch.zeros(tokens, dtype=torch.int64)).backward()
+        largest.append(mode.elements)
+    assert largest[0] == largest[1] == chunk_rows(vocabulary, torch.device("cpu")) * vocabulary
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_autocast_computes_in_bf16_and_sums_in_fp32(weighted):
+    inputs = make(bias=True, weighted=weighted)
+    with torch.autocast("cpu", torch.bfloat16):
+        leaves = [t.clone().requires_grad_() for t in inputs[:3]]
+        total = loss_sum(*leaves, *inputs[3:])
+    total.backward()
+    want, wanted = exact(*inputs, 1.0)
+    assert total.dtype == torch.float32 and 1e-6 < error(total, want) < 1e-2
+    for leaf, gradient in zip(leaves, wanted, strict=True):
+        assert leaf.grad.dtype == torch.float32 and 1e-5 < error(leaf.grad, gradient) < 2e-2
