@@ -19,6 +19,7 @@ from hdp.balance.plan import Plan
 from hdp.parallel.arrangement import Arrangement, Work, works
 from hdp.parallel.batch import MicroBatchInputs
 from hdp.parallel.engine import Engine
+from hdp.parallel.models import check_no_tensor_parallel, check_unwrapped
 from hdp.parallel.world import World
 
 
@@ -38,6 +39,9 @@ class DDPEngine(Engine):
 
     def _module(self) -> nn.Module:
         return self.wrapper if torch.is_grad_enabled() else self.model
+
+    def _begin(self) -> None:
+        check_recomputation(self.model)
 
     def _before(self, work: Work) -> None:
         self._reduces = work.reduces
@@ -62,7 +66,12 @@ def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = 
         find_unused_parameters: needed when some parameter may get no gradient on some rank (mixtures of experts, ranks that
             run only a dummy); costs a walk of the graph in the last micro-batch.
         bucket_mb: size of DDP's buckets.
+
+    Raises:
+        ValueError: attention that is not hdp's, no output head, a model that is wrapped already, tensor parallelism.
     """
+    check_unwrapped(model)
+    check_no_tensor_parallel(world, "DDP")
     model.to(world.device)
     wrapper = DistributedDataParallel(
         model,
@@ -80,3 +89,14 @@ def sum_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[T
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])
+
+
+def check_recomputation(model: nn.Module) -> None:
+    """Raises ValueError for reentrant checkpointing, whose inner backward passes reach DDP's hooks a second time."""
+    for module in model.modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)  # transformers' switch
+        if function is not None and getattr(function, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient checkpointing with use_reentrant=True does not work with DDP: pass"
+                ' gradient_checkpointing_kwargs={"use_reentrant": False}, or use hdp.shard'
+            )

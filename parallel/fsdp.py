@@ -27,6 +27,7 @@ from hdp.balance.plan import REGIMES
 from hdp.parallel.arrangement import Work
 from hdp.parallel.collectives import Beside, reduced_as_stored
 from hdp.parallel.engine import Engine
+from hdp.parallel.models import check_alike, check_attention, check_mesh, check_unwrapped, output_head
 from hdp.parallel.world import World
 
 
@@ -109,22 +110,37 @@ def shard(
             model then stays where it is, and on GPUs the process group needs a backend for both (``cpu:gloo,cuda:nccl``).
 
     Raises:
-        ValueError: an unknown regime, attention that is not hdp's, no layers found, a model without output head.
+        ValueError: an unknown regime, attention that is not hdp's, no layers found, a model without output head, one that is
+            wrapped already or differs between ranks, a mesh over other ranks, a loss that would be rounded.
     """
     if regime not in REGIMES:
         raise ValueError(f"unknown regime {regime!r}: choose one of {', '.join(REGIMES)}")
+    mesh = world.mesh["hdp"] if mesh is None else mesh
+    wrapped = list(layers) if layers is not None else find_layers(model)
+    check_unwrapped(model)  # whatever is wrong is said before anything is wrapped
+    check_mesh(mesh, world)
+    check_attention(model)
+    output_head(model)
+    if mp_policy is not None and mp_policy.output_dtype not in (None, torch.float32, torch.float64):
+        raise ValueError(
+            f"mp_policy.output_dtype is {mp_policy.output_dtype}: the model's output is the loss, which would be rounded;"
+            " leave it out"
+        )
+    check_alike(model, world)
     offloaded = isinstance(offload_policy, CPUOffloadPolicy)
     if not offloaded:
         model.to(world.device)
-    if mesh is None:
-        mesh = world.mesh["hdp"]
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": regime == "slot"}
     options["mp_policy"] = mp_policy or MixedPrecisionPolicy(reduce_dtype=torch.float32)
     options["offload_policy"] = offload_policy or OffloadPolicy()
-    for layer in list(layers) if layers is not None else find_layers(model):
+    for layer in wrapped:
         fully_shard(layer, **options)
-    fully_shard(model, **options)
+    # The root's head is the first that backward needs: gathering embedding and head again would bring nothing.
+    fully_shard(model, **{**options, "reshard_after_forward": False})
     plain = mesh.ndim == 1 and not offloaded and reduced_as_stored(model, options["mp_policy"])
+    if has_rare_parameters(model, wrapped):
+        for layer in wrapped:  # before FSDP2's own hook, which looks at what requires gradients
+            layer.register_forward_pre_hook(require_gradient, prepend=True, with_kwargs=True)
     return FSDPEngine(model, world, regime, plain_reductions=plain)
 
 
@@ -138,3 +154,34 @@ def find_layers(model: nn.Module) -> list[nn.Module]:
     if not layers:
         raise ValueError(f"found no repeated layers in {type(model).__name__}: pass layers=[...]")
     return layers
+
+
+def has_rare_parameters(model: nn.Module, layers: list[nn.Module]) -> bool:
+    """Whether something is trained before the layers that some rank may not use, while all else there is frozen.
+
+    [Note: same order] FSDP2 gathers for backward, and reduces in the order of the layers, only where gradients flow. Behind
+    frozen embeddings they flow on those ranks alone that used such a parameter: ranks would issue other collectives.
+    So hidden states then always require gradients, which costs a backward pass through frozen first layers.
+    """
+    embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is not None and any(p.requires_grad for p in embeddings.parameters()):
+        return False
+    later = {id(p) for layer in layers for p in layer.parameters()}
+    later |= {id(p) for p in output_head(model).parameters()}
+    later |= {id(p) for m in model.modules() if type(m).__name__.endswith("Norm") for p in m.parameters()}
+    return any(p.requires_grad and id(p) not in later for p in model.parameters())
+
+
+def require_gradient(module: nn.Module, args: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Forward pre-hook: hidden states that require no gradient are made to. See [Note: same order]."""
+    if not torch.is_grad_enabled():
+        return None
+    if args and isinstance(args[0], torch.Tensor):
+        return (_required(args[0]), *args[1:]), keywords
+    if isinstance(keywords.get("hidden_states"), torch.Tensor):
+        return args, {**keywords, "hidden_states": _required(keywords["hidden_states"])}
+    return None
+
+
+def _required(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden if hidden.requires_grad else hidden.detach().requires_grad_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from engines import full_gradients, plan_batch
+from engines import CollectiveRecorder, full_gradients, plan_batch
 from tiny import exact_gradient, gradient_errors, make_documents, make_model
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -30,9 +30,12 @@ def step(_: hdp.World, lengths: list[int], regime: str) -> Any:
         model = make_model("gqa")
         split(model, world)
         engine = hdp.shard(model, world, regime=regime)
-        result = engine.forward_backward(plan_batch(world, engine, make_documents(lengths), CAPACITY, planner="naive"))
-        norm = float(engine.clip_grad_norm_(1e9))
-        return world.rank, world.world_size, result.loss, norm, full_gradients(engine)
+        batch = plan_batch(world, engine, make_documents(lengths), CAPACITY, planner="naive")
+        with CollectiveRecorder() as recorder:
+            result = engine.forward_backward(batch)
+            norm = float(engine.clip_grad_norm_(1e9))
+        calls = [(name, size) for name, _, size in recorder.calls]
+        return world.rank, world.world_size, result.loss, norm, full_gradients(engine), calls
 
 
 @pytest.mark.parametrize("regime", ["step", "slot"])
@@ -42,7 +45,9 @@ def test_gradients_are_exact(ranks, exactness, lengths, regime):
     assert [f[:2] for f in found] == [(0, 2), (0, 2), (1, 2), (1, 2)]
     loss, gradient = exact_gradient("gqa", make_documents(lengths))
     norm = sum(float(g.norm()) ** 2 for g in gradient.values()) ** 0.5
-    for _, _, found_loss, found_norm, gradients in found:
+    assert found[0][5] == found[1][5] and found[2][5] == found[3][5]  # the two ranks of a tensor-parallel group
+    assert any("all_reduce" in name for name, _ in found[0][5])
+    for _, _, found_loss, found_norm, gradients, _ in found:
         assert found_loss == pytest.approx(loss, rel=1e-6)
         assert found_norm == pytest.approx(norm, rel=1e-5)
         errors = gradient_errors(gradients, gradient)

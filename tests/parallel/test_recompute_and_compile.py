@@ -1,0 +1,92 @@
+"""Gradient checkpointing and torch.compile, as people switch them on: the gradient of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from engines import full_gradients, make_engine, make_model, plan_batch
+from tiny import exact_gradient, gradient_errors, make_documents
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
+
+import hdp
+
+CAPACITY = 64
+LENGTHS = [10, 115, 40, 3, 73, 21]
+WRAPPER = "_checkpoint_wrapped_module."
+
+
+def transformers_switch(model: Any) -> None:
+    model.gradient_checkpointing_enable()
+
+
+def reentrant(model: Any) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+
+
+def torch_wrapper(model: Any) -> None:
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+
+
+def compiled(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+
+
+WAYS = {way.__name__: way for way in (transformers_switch, reentrant, torch_wrapper, compiled)}
+
+
+def step(world: hdp.World, name: str, way: str) -> Any:
+    model, calls = make_model(), [0]
+    if way != "compiled":
+        for module in model.modules():
+            if isinstance(module, LlamaMLP):
+                module.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    WAYS[way](model)
+    model.train()
+    engine = make_engine(world, name, model)
+    batch = plan_batch(world, engine, make_documents(LENGTHS), CAPACITY, planner="naive")
+    runs = len(engine._works(batch.plan)) * len(model.model.layers)
+    engine.forward_backward(batch)
+    found = {key.replace(WRAPPER, ""): gradient for key, gradient in full_gradients(engine).items()}
+    return calls[0] / runs, found
+
+
+CASES = [(name, way) for name in ("fsdp-step", "fsdp-slot", "ddp", "zero3") for way in WAYS]
+REFUSED = ("ddp", "reentrant")
+
+
+@pytest.mark.parametrize(("name", "way"), [case for case in CASES if case != REFUSED])
+def test_gradients_are_exact(ranks, name, way):
+    _, exact = exact_gradient("gqa", make_documents(LENGTHS))
+    for ran, gradients in ranks(2).run(step, name, way):
+        assert way == "compiled" or ran == 2  # once forward, once again
+        errors = gradient_errors(gradients, exact)
+        assert max(errors.values()) <= 1e-5, errors
+
+
+def refused(world: hdp.World) -> str:
+    with pytest.raises(ValueError, match="use_reentrant=True does not work with DDP") as error:
+        step(world, *REFUSED)
+    return str(error.value)
+
+
+def test_reentrant_checkpointing_under_ddp_is_refused(ranks):
+    assert all('{"use_reentrant": False}' in text for text in ranks(2).run(refused))
+
+
+def inductor(world: hdp.World) -> Any:
+    model = make_model()
+    for layer in model.model.layers:
+        layer.compile(dynamic=True)
+    engine = make_engine(world, "fsdp-step", model)
+    engine.forward_backward(plan_batch(world, engine, make_documents([30, 100]), CAPACITY, planner="naive"))
+    return full_gradients(engine)
+
+
+@pytest.mark.timeout(300)
+def test_compiled_to_machine_code(ranks):
+    _, exact = exact_gradient("gqa", make_documents([30, 100]))
+    for gradients in ranks(2).run(inductor, limit=280.0):
+        assert max(gradient_errors(gradients, exact).values()) <= 1e-5
