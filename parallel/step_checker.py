@@ -43,6 +43,8 @@ class Collectives:
     deferred: bool = True
     """Reductions are waited for at the end of the step. False: at once, as with mixed precision whose reductions are cast,
     with parameters in host memory, with HSDP."""
+    recomputes: bool = False
+    """Gradient checkpointing that does not keep attention's outputs: backward of a layer sends its forward messages again."""
     layers: int = 2
 
     @property
@@ -168,6 +170,8 @@ class _RankStep:
                 self._use(module)
                 if module > 0:
                     self._gather(module - 1)
+            if self.collectives.recomputes:
+                self._attend(work, backward=False)
             self._attend(work, backward=True)
             if fsdp and work.reduces:
                 self._reduce(module)

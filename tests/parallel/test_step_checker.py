@@ -148,7 +148,9 @@ REAL: dict[str, tuple[int, Collectives, dict[str, Any]]] = {
     "fsdp-step": (2, Collectives(), {}),
     "fsdp-step, bf16": (2, Collectives(), {"bf16": True}),
     "fsdp-step, host memory": (2, Collectives(deferred=False), {"offload": True}),
+    "fsdp-step, checkpointing": (2, Collectives(recomputes=True), {"checkpointing": True}),
     "fsdp-slot": (2, Collectives(), {}),
+    "fsdp-slot, checkpointing": (2, Collectives(recomputes=True), {"checkpointing": True}),
     "fsdp-slot, host memory": (2, Collectives(deferred=False), {"offload": True}),
     "hsdp-step": (4, Collectives(shards=((0, 1), (2, 3)), deferred=False), {}),
     "hsdp-slot": (4, Collectives(shards=((0, 1), (2, 3)), deferred=False), {}),
@@ -163,12 +165,14 @@ GROUPS = {
 
 def record(world: hdp.World, name: str, plan: Plan, options: dict[str, Any]) -> list[Any]:
     """Launches and grouped calls of this rank in one step, in order."""
-    name = name.partition(",")[0]
+    name, model = name.partition(",")[0], make_model()
+    if options.pop("checkpointing", False):
+        model.gradient_checkpointing_enable()
     if options.pop("offload", False):
         policy = CPUOffloadPolicy(pin_memory=False)
-        engine = hdp.shard(make_model(), world, regime=regime_of(name), offload_policy=policy)
+        engine = hdp.shard(model, world, regime=regime_of(name), offload_policy=policy)
     else:
-        engine = make_engine(world, name, make_model(), **options)
+        engine = make_engine(world, name, model, **options)
     documents = make_documents(plan.lengths.tolist())
     batch = plan_batch(world, engine, documents, 200, planner=lambda *_, **__: plan)
     with CollectiveRecorder() as recorder:
