@@ -10,13 +10,13 @@ smallest and largest in brackets.
   the ring, ratio 0.5 and 1; ``mixed_half``, ``mixed_equal``: with whole sequences beside the shared one.
 - ``step_us``: microseconds of Python a program step with a null backend, the largest; ``local_overhead``: whole sequences
   against plain SDPA, the largest.
-- ``vs_torch_ring``, ``vs_ulysses``: their time over ours (the pair that ``auto`` chooses), the smallest over 2 and 4 hosts
-  and both ratios. Theirs: torch's templated ring with its head-tail balancer and both rotations; an all-to-all on SDPA.
+- ``vs_torch_ring``, ``vs_ulysses``: their time over ours (the pair that ``auto`` chooses) where communication takes as long
+  as computation, the smaller of 2 and 4 hosts; ``..._half``: the same at ratio 0.5. Theirs: torch's templated ring with its head-tail balancer and both rotations; an all-to-all on SDPA.
 - ``cpu_ratio_4``: CPU seconds a rank, 8K tokens, over a quarter of one rank's dense SDPA.
 - ``tokenring_mesh``: ring over TokenRing, forward, MHA, a link for each pair, ratio 4; ``ring_mesh_gqa``: TokenRing over
   ring, GQA 4:1; ``auto_mesh``: whether ``auto`` picks the winner of both.
 - ``bytes_equal``: whether every rank sent what the closed form says.
-- ``auto_worst``: how much slower the choice of ``auto`` is than the best fixed schedule, the largest over a grid of 24 cases.
+- ``auto_worst``: how much slower the choice of ``auto`` is than the best fixed pair, the largest over a grid of 24 cases.
 
 PATH is a program that starts one process per host with limited links: ``PATH -n RANKS -r RATE [-p] -c CPU_PERCENT -- COMMAND``.
 The last line of the output is one JSON object.
@@ -55,13 +55,17 @@ class Cluster:
     path: str
     lock: str | None
 
-    def run(self, hosts: int, rate: float | None, mesh: bool = False, cpu: int = CPU_PERCENT, **job: Any) -> dict:
-        """What rank 0 printed. ``rate`` in bytes a second, None: unlimited."""
-        limit = "none" if rate is None else f"{max(int(rate * 8 / 1000), 1)}kbit"
-        start = [self.path, "-n", str(hosts), "-r", limit, *(["-p"] if mesh else []), "-c", str(cpu), "--"]
-        return self.locked([*start, sys.executable, str(FOLDER / "attention_worker.py"), json.dumps(job)])
+    def run(self, hosts: int, rate: float | None, mesh: bool = False, **job: Any) -> dict:
+        """What rank 0 found for one job. ``rate`` in bytes a second, None: unlimited."""
+        return self.run_all(hosts, rate, [job], mesh)[0]
 
-    def locked(self, command: list[str]) -> dict:
+    def run_all(self, hosts: int, rate: float | None, jobs: list[dict[str, Any]], mesh: bool = False) -> list[dict]:
+        """The same for several jobs on the same links, one after the other."""
+        limit = "none" if rate is None else f"{max(int(rate * 8 / 1000), 1)}kbit"
+        start = [self.path, "-n", str(hosts), "-r", limit, *(["-p"] if mesh else []), "-c", str(CPU_PERCENT), "--"]
+        return self.locked([*start, sys.executable, str(FOLDER / "attention_worker.py"), json.dumps(jobs)])
+
+    def locked(self, command: list[str]) -> Any:
         command = [*(["flock", "-x", self.lock] if self.lock else []), *command]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment, timeout=2400)
@@ -105,17 +109,30 @@ def sent(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: b
     ]
 
 
+def speeds(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], hosts: int) -> list[Speed]:
+    """Of each (tokens, heads), measured with links that do not limit."""
+    candidates, parts = ["hdp:ring/ring", "quiet:ring/ring"], ("forward", "backward")
+    jobs = [
+        {"tokens": tokens, "heads": heads, "candidates": candidates, "rounds": 4, "parts": part}
+        for tokens, heads in shapes
+        for part in parts
+    ]
+    found, made = iter(cluster.run_all(hosts, None, jobs)), []
+    for tokens, heads in shapes:
+        seconds, lost, handled = [], 0.0, 0.0
+        for part in parts:
+            times = next(found)
+            whole, quiet = (statistics.median(times[c]["seconds"]) for c in candidates)
+            seconds.append(quiet)
+            lost += whole - quiet
+            handled += 2 * max(sent("ring", tokens, heads, hosts, backward=part == "backward"))
+        made.append(Speed(*seconds, byte_seconds=max(lost, 0.0) / handled))
+    return made
+
+
 def speed(cluster: Cluster, tokens: int, heads: tuple[int, int], hosts: int) -> Speed:
-    """Measured with links that do not limit."""
-    seconds, lost, handled = [], 0.0, 0.0
-    for parts in ("forward", "backward"):
-        candidates = ["hdp:ring/ring", "quiet:ring/ring"]
-        found = cluster.run(hosts, None, tokens=tokens, heads=heads, candidates=candidates, rounds=4, parts=parts)
-        whole, quiet = (statistics.median(found[c]["seconds"]) for c in candidates)
-        seconds.append(quiet)
-        lost += whole - quiet
-        handled += 2 * max(sent("ring", tokens, heads, hosts, backward=parts == "backward"))
-    return Speed(*seconds, byte_seconds=max(lost, 0.0) / handled)
+    """Of one shape."""
+    return speeds(cluster, [(tokens, heads)], hosts)[0]
 
 
 def rate_for(ratio: float, tokens: int, heads: tuple[int, int], hosts: int, seconds: float) -> float:
@@ -162,8 +179,8 @@ def exposed(cluster: Cluster) -> dict[str, float]:
 
 
 def rivals(cluster: Cluster) -> dict[str, float]:
-    ratios: dict[str, list[float]] = {"vs_torch_ring": [], "vs_ulysses": []}
     theirs = {"vs_torch_ring": ("torch_alltoall", "torch_allgather"), "vs_ulysses": ("ulysses_sdpa",)}
+    ratios: dict[str, list[float]] = {name + end: [] for end in ("", "_half") for name in theirs}
     for hosts in (2, 4):
         tokens, heads = 2048 * hosts, (8, 8)
         measured = speed(cluster, tokens, heads, hosts)
@@ -173,10 +190,11 @@ def rivals(cluster: Cluster) -> dict[str, float]:
             candidates = [ours, *theirs["vs_torch_ring"], *theirs["vs_ulysses"]]
             times = cluster.run(hosts, rate, tokens=tokens, heads=heads, candidates=candidates, rounds=4)
             line = [f"{c} {spread(times[c]['seconds'])}" for c in candidates]
-            print(f"{hosts} hosts, ratio {ratio}: " + "; ".join(line))
+            print(f"{hosts} hosts, ratio {ratio}: " + "; ".join(line), flush=True)
             base = statistics.median(times[ours]["seconds"])
             for name, group in theirs.items():
-                ratios[name].append(min(statistics.median(times[c]["seconds"]) for c in group) / base)
+                fastest = min(statistics.median(times[c]["seconds"]) for c in group)
+                ratios[name + ("" if ratio == 1.0 else "_half")].append(fastest / base)
     return {name: min(values) for name, values in ratios.items()}
 
 

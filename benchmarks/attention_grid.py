@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from typing import Any
 
 HOSTS = 4
-GRID = [
-    (tokens, heads, kind, ratio)
-    for heads in ((8, 8), (8, 2))
-    for tokens in (1024, 2048)
-    for kind in ("nic", "peer")
-    for ratio in (0.3, 1.0, 4.0)
-]
+SHAPES = [(tokens, heads) for heads in ((8, 8), (8, 2)) for tokens in (1024, 2048)]
+RATIOS = (0.3, 1.0, 4.0)
+"""Of the longest multi-head shape; on the same links the ratio of the others is 1/4, 1/2 and twice as large."""
+KINDS = ("nic", "peer")
 PAIRS = (
     "ring/ring",
     "ring/ring_q",
@@ -30,27 +28,31 @@ PAIRS = (
 
 def auto_grid(cluster: Any) -> dict[str, float]:
     """Prints which pair wins where; the largest loss of ``auto``."""
-    from attention import chosen, rate_for, speed
+    from attention import chosen, rate_for, speeds
 
-    worst, speeds = 0.0, {}
-    for tokens, heads, kind, ratio in GRID:
-        if (tokens, heads) not in speeds:
-            speeds[tokens, heads] = speed(cluster, tokens, heads, HOSTS)
-        measured = speeds[tokens, heads]
-        rate = rate_for(ratio, tokens, heads, HOSTS, measured.forward)
-        pick = "/".join(chosen(tokens, heads, HOSTS, kind, rate, measured))
-        names = PAIRS if pick in PAIRS else (*PAIRS, pick)
-        candidates = [f"hdp:{name}" for name in names]
-        times = cluster.run(
-            HOSTS, rate, mesh=kind == "peer", candidates=candidates, tokens=tokens, heads=heads, rounds=4
-        )
-        seconds = {n: statistics.median(times[f"hdp:{n}"]["seconds"]) for n in names}
-        best = min(seconds, key=lambda n: seconds[n])
-        loss = seconds[pick] / seconds[best] - 1
-        worst = max(worst, loss)
-        table = ", ".join(f"{n} {s * 1000:.0f}" for n, s in sorted(seconds.items(), key=lambda item: item[1]))
-        print(
-            f"{tokens} tokens, {heads} {kind} ratio {ratio}: auto {pick} ({loss:+.1%} on {best}); ms: {table}",
-            flush=True,
-        )
+    worst, found = 0.0, dict(zip(SHAPES, speeds(cluster, SHAPES, HOSTS), strict=True))
+    widest = max(SHAPES, key=lambda shape: shape[0] * shape[1][1])
+    for kind, ratio in itertools.product(KINDS, RATIOS):
+        rate = rate_for(ratio, *widest, HOSTS, found[widest].forward)
+        picks = {shape: "/".join(chosen(*shape, HOSTS, kind, rate, found[shape])) for shape in SHAPES}
+        jobs = [
+            {"tokens": tokens, "heads": heads, "rounds": 5, "candidates": [f"hdp:{name}" for name in names]}
+            for (tokens, heads), pick in picks.items()
+            for names in [PAIRS if pick in PAIRS else (*PAIRS, pick)]
+        ]
+        for (shape, pick), times in zip(picks.items(), cluster.run_all(HOSTS, rate, jobs, kind == "peer"), strict=True):
+            seconds = {n.removeprefix("hdp:"): statistics.median(t["seconds"]) for n, t in times.items()}
+            best = min(seconds, key=lambda n: seconds[n])
+            loss = seconds[pick] / seconds[best] - 1
+            worst = max(worst, loss)
+            table = ", ".join(f"{n} {s * 1000:.0f}" for n, s in sorted(seconds.items(), key=lambda item: item[1]))
+            own = (
+                ratio
+                * rate_for(1.0, *shape, HOSTS, found[shape].forward)
+                / rate_for(1.0, *widest, HOSTS, found[widest].forward)
+            )
+            print(
+                f"{shape[0]} tokens, {shape[1]} {kind} ratio {own:.2f}: auto {pick} ({loss:+.1%} on {best}); ms: {table}",
+                flush=True,
+            )
     return {"auto_worst": worst}

@@ -1,8 +1,8 @@
 """One host of ``benchmarks/attention.py``: measures candidates in turn on this rank, all ranks together.
 
-    attention_worker.py '{"tokens": 8192, "heads": [8, 8], "candidates": ["hdp:ring/ring", "quiet:ring/ring"], ...}'
+    attention_worker.py '[{"tokens": 8192, "heads": [8, 8], "candidates": ["hdp:ring/ring", "quiet:ring/ring"], ...}, ...]'
 
-Rank 0 prints one JSON object: per candidate the seconds of each round (slowest rank), CPU seconds (mean over ranks) and
+Rank 0 prints a JSON list, one object a job: per candidate the seconds of each round (slowest rank), CPU seconds (mean over ranks) and
 bytes sent (every rank).
 """
 
@@ -234,24 +234,27 @@ def dense_cpu(tokens: int, heads: tuple[int, int]) -> float:
     return time.process_time() - begin
 
 
+def run_job(settings: dict[str, Any], world: hdp.World) -> dict[str, dict[str, list]]:
+    """Measures one job's candidates in turn."""
+    dense = settings.pop("dense", False)
+    bench = Bench(Job(**{**settings, "heads": tuple(settings["heads"])}), world)
+    found: dict[str, dict[str, list]] = {name: {"seconds": [], "cpu": [], "sent": []} for name in bench.job.candidates}
+    for number in range(bench.job.rounds + 1):
+        for name in bench.job.candidates:
+            measured = bench.measure(name)
+            if number:  # the first warms up
+                for what, value in measured.items():
+                    found[name][what].append(value)
+    if dense:
+        found["dense"] = {"cpu": [dense_cpu(bench.job.tokens, bench.job.heads) for _ in range(2)]}
+    return found
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # buffers that nobody has filled must not cost more than real numbers
-    settings = json.loads(sys.argv[1])
-    dense = settings.pop("dense", False)
     with hdp.init(timeout=120) as world:
-        bench = Bench(Job(**{**settings, "heads": tuple(settings["heads"])}), world)
-        found: dict[str, dict[str, list]] = {
-            name: {"seconds": [], "cpu": [], "sent": []} for name in bench.job.candidates
-        }
-        for number in range(bench.job.rounds + 1):
-            for name in bench.job.candidates:
-                measured = bench.measure(name)
-                if number:  # the first warms up
-                    for what, value in measured.items():
-                        found[name][what].append(value)
-        if dense:
-            found["dense"] = {"cpu": [dense_cpu(bench.job.tokens, bench.job.heads) for _ in range(2)]}
+        found = [run_job(settings, world) for settings in json.loads(sys.argv[1])]
         if world.rank == 0:
             print(json.dumps(found))
 
