@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recompute": {"policy": "recompute", "ratio": 1.0},
     "auto": {"policy": "auto"},
 }
-SHORT = ("r=0", "r=1", "recompute")
+SHORT = ("r=0", "r=1", "recompute", "auto")
 """Settings of every round but the first."""
 
 
@@ -161,10 +161,11 @@ def relative(steps: list[Step], tokens: int, setting: str, field: str) -> float:
 
 
 def on_envelope(points: dict[str, tuple[float, float]], name: str, tolerance: float) -> bool:
-    """Whether no other (time, memory) is better than the named one in both by more than ``tolerance``."""
+    """Whether no other (time, memory) beats the named one: better in one by more than ``tolerance``, no worse in the other."""
     time_, memory = points[name]
+    less, most = 1 - tolerance, 1 + tolerance
     return not any(
-        t < time_ * (1 - tolerance) and m < memory * (1 - tolerance)
+        (t < time_ * less and m <= memory * most) or (m < memory * less and t <= time_ * most)
         for other, (t, m) in points.items()
         if other != name
     )
@@ -206,9 +207,9 @@ def on_one_rank(args: argparse.Namespace) -> dict[str, Any]:
             run_step(model, engine, ids, setting, -1)
         for tokens in args.tokens:
             ids = torch.randint(0, VOCABULARY, (1, tokens), generator=generator)
-            engine.profiles.clear()
-            with turn.alone(), engine.micro_batch(model, tokens=tokens, policy="auto"):
-                model(ids, labels=ids, use_cache=False).loss.backward()  # `auto` takes its profile
+            if not engine.profiles:  # `auto` takes its first profile; that of longer steps is scaled from the nearest
+                with turn.alone(), engine.micro_batch(model, tokens=tokens, policy="auto"):
+                    model(ids, labels=ids, use_cache=False).loss.backward()
             for round_ in range(args.rounds if tokens == max(args.tokens) else 1):
                 for setting in SETTINGS if round_ == 0 else SHORT:
                     with turn.alone():
