@@ -64,15 +64,18 @@ def _outside(plan: Plan, result: Evaluation, cost: CostModel) -> str:
 
 
 def _fewer_ranks(plan: Plan) -> list[str]:
-    """Sequences on fewer ranks than would hold them without offload, by length."""
+    """Sequences on fewer ranks than would hold them without offload, by length, and the ratio that does it."""
     sizes = np.diff(plan.group_offsets)
     plain = -(-plan.lengths // plan.capacity)
     found = np.flatnonzero((sizes < plain) & (plan.slots >= 0))
     found = found[np.argsort(-plan.lengths[found], kind="stable")]
-    lines = [
-        f"  document {i} of {plan.lengths[i]} tokens: {sizes[i]} ranks instead of {plain[i]}"
-        for i in found[:MOST_FEWER].tolist()
-    ]
+    ratios = {(rank, slot): ratio for rank, slot, ratio in plan.offload}
+    lines = []
+    for i in found[:MOST_FEWER].tolist():
+        ratio = max(ratios.get((rank, int(plan.slots[i])), 0.0) for rank in plan.group(i))
+        lines.append(
+            f"  document {i} of {plan.lengths[i]} tokens: {sizes[i]} ranks instead of {plain[i]}, ratio {ratio:.3f}"
+        )
     return lines + ([f"  and {len(found) - MOST_FEWER} more"] if len(found) > MOST_FEWER else [])
 
 
