@@ -63,16 +63,15 @@ class PlainStep:
     def __init__(self, world: hdp.World) -> None:
         self.world = world
         self.model = small_llama("sdpa")
-        for layer in self.model.model.layers:
+        for layer in self.model.model.layers:  # the same settings as hdp.shard's
             fully_shard(layer, mesh=world.mesh["hdp"], reshard_after_forward=False)
         fully_shard(self.model, mesh=world.mesh["hdp"], reshard_after_forward=False)
         assert isinstance(self.model, FSDPModule)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
 
-    def __call__(self, documents: list[Tensor]) -> float:
+    def __call__(self, documents: list[Tensor]) -> None:
         mine = documents[self.world.rank :: self.world.world_size]
         size = len(mine) // MICRO_BATCHES
-        start = time.perf_counter()
         for i in range(MICRO_BATCHES):
             last = i == MICRO_BATCHES - 1
             self.model.set_requires_gradient_sync(last)
@@ -82,30 +81,28 @@ class PlainStep:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - start
 
 
 class HdpStep:
-    """The same step through the engine."""
+    """The same step through loader and engine: planning, and comparing plans between ranks, are in its time."""
 
-    def __init__(self, world: hdp.World) -> None:
-        self.world = world
+    def __init__(self, world: hdp.World, steps: int) -> None:
         self.engine = hdp.shard(small_llama("hdp"), world)
         self.optimizer = torch.optim.AdamW(self.engine.parameters(), lr=1e-4)
-
-    def __call__(self, documents: list[Tensor]) -> float:
-        capacity = DOCUMENT_TOKENS * DOCUMENTS // MICRO_BATCHES // self.world.world_size
-        loader = hdp.Loader(
-            documents, self.world, tokens_per_step=DOCUMENTS * DOCUMENT_TOKENS, capacity=capacity, cost=local_cost()
+        capacity = DOCUMENT_TOKENS * DOCUMENTS // MICRO_BATCHES // world.world_size
+        documents = [document for step in range(steps) for document in short_documents(step)]
+        tokens = DOCUMENTS * DOCUMENT_TOKENS
+        self.batches = iter(
+            hdp.Loader(documents, world, tokens_per_step=tokens, capacity=capacity, cost=local_cost(), seed=None)
         )
-        batch = next(iter(loader))
+
+    def __call__(self, _: list[Tensor]) -> None:
+        batch = next(self.batches)
         assert set(batch.plan.group_sizes()) == {1}, batch.plan.describe_groups()
-        start = time.perf_counter()
         self.engine.forward_backward(batch)
         self.engine.clip_grad_norm_(1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - start
 
 
 def local_cost() -> CostModel:
@@ -120,23 +117,35 @@ def short_documents(step: int) -> list[Tensor]:
     return [torch.randint(0, VOCABULARY, (DOCUMENT_TOKENS,), generator=generator) for _ in range(DOCUMENTS)]
 
 
+WARM_UP = 2
+
+
 def tax_time(world: hdp.World, options: argparse.Namespace) -> dict:
-    plain, ours = PlainStep(world), HdpStep(world)
-    times: dict[str, list[float]] = {"plain": [], "hdp": []}
-    for step in range(options.repeats + 2):
+    """Wall and CPU seconds of each step, in turn; every second time the other one first. Wall time of the slower rank."""
+    steps = options.repeats + WARM_UP
+    runs = {"plain": PlainStep(world), "hdp": HdpStep(world, steps)}
+    times: dict[str, list[float]] = {f"{name} {kind}": [] for name in runs for kind in ("wall", "cpu")}
+    for step in range(steps):
         documents = short_documents(step)
-        order = [("plain", plain), ("hdp", ours)]
-        for name, run in order if step % 2 else reversed(order):
-            seconds = run(documents)  # type: ignore[operator]
-            if step >= 2:
-                times[name].append(seconds)
+        for name in list(runs) if step % 2 else reversed(list(runs)):
+            dist.barrier()
+            wall, cpu = time.perf_counter(), time.process_time()
+            runs[name](documents)
+            mine = torch.tensor([time.perf_counter() - wall, time.process_time() - cpu], dtype=torch.float64)
+            slowest, total = mine[:1].clone(), mine[1:].clone()
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            dist.all_reduce(total)
+            if step >= WARM_UP:
+                times[f"{name} wall"].append(float(slowest))
+                times[f"{name} cpu"].append(float(total))
     return times
 
 
 def tax_memory(world: hdp.World, options: argparse.Namespace) -> dict:
-    run = PlainStep(world) if options.kind == "plain" else HdpStep(world)
+    steps = 4
+    run = PlainStep(world) if options.kind == "plain" else HdpStep(world, steps)
     base = reset_peak()
-    for step in range(4):
+    for step in range(steps):
         run(short_documents(step))
     return {"bytes": peak_bytes() - base}
 
