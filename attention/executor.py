@@ -19,6 +19,8 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from hdp.attention.backends import Backend, Scoring
 from hdp.attention.bound import Bound, BoundCall, BoundMerge, BoundRound, Views
 from hdp.attention.channel import Channel, Parcel, VirtualNetwork
@@ -120,9 +122,9 @@ class Executor:
         return self.channel.post(sends, [(packet, views[slot]) for packet, slot in part.receives], tag & 0x7FFFFFFF)
 
     def _forward_call(self, call: BoundCall, views: Views, scoring: Scoring) -> None:
-        q, k, v = (views[slot] for slot in call.inputs)
-        partial, partial_lse = self.backend.forward(q, k, v, call.shape, scoring, call.cuts)
         out, lse = call.sums
+        q, k, v = self._inputs(call, views)
+        partial, partial_lse = self.backend.forward(q, k, v, call.shape, scoring, call.cuts)
         if call.first[0]:
             views[out].copy_(partial)
             views[lse].copy_(partial_lse)
@@ -130,7 +132,7 @@ class Executor:
             merge_partial(views[out], views[lse], partial, partial_lse)
 
     def _backward_call(self, call: BoundCall, views: Views, scoring: Scoring) -> None:
-        q, k, v, do, lse, last = (views[slot] for slot in call.inputs)
+        q, k, v, do, lse, last = self._inputs(call, views)
         out, delta = (last, None) if call.has_out else (None, last)
         partials = self.backend.backward(do, q, k, v, lse, out, delta, call.shape, scoring, call.cuts)
         for slot, partial, first in zip(call.sums, partials, call.first, strict=True):
@@ -138,6 +140,15 @@ class Executor:
                 views[slot].copy_(partial)
             else:
                 views[slot].add_(partial)
+
+    def _inputs(self, call: BoundCall, views: Views) -> list[Tensor]:
+        """What a call reads; widened where the backend can compute a partial in the accumulators' dtype."""
+        inputs = [views[slot] for slot in call.inputs]
+        if self.backend.widens:
+            dtype = views[call.sums[0]].dtype
+            if dtype != inputs[0].dtype:
+                return [t.to(dtype) for t in inputs]
+        return inputs
 
 
 def _merge(merge: BoundMerge, views: Views) -> None:

@@ -18,6 +18,7 @@ class CpuBackend(Backend):
     name = "cpu"
     kernel = "aten flash attention for CPU"
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    widens = True
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, scoring: Scoring, cuts: Cuts | None = None

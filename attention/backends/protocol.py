@@ -35,6 +35,9 @@ class Backend(ABC):
     """Whether several rectangles can be one call (``cuts``)."""
     softcaps = False
     """Whether it knows a soft-cap."""
+    widens = False
+    """Whether it takes bf16 and fp16 inputs widened to fp32 where its result is merged with others: a partial is then not
+    rounded before it is added, however much larger than the sum it may be."""
 
     @abstractmethod
     def forward(

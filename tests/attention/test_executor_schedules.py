@@ -1,4 +1,4 @@
-"""Every schedule through lowering and executor on virtual ranks, against dense attention in float64."""
+"""Programs through lowering and executor: bytes, buffers, delays, real ranks. Exactness of all cases: ``test_matrix``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from cases import HEAD_DIM, HEADS, MASKS, SCHEDULES, SCORING, mixed
 from virtual import CPU, Sequence_, attend_together, make_data
 
 from hdp.attention import AttentionRuntime, Route, RouteShard, attend
 from hdp.attention.auto import Chooser
-from hdp.attention.backends import Scoring
 from hdp.attention.channel import VirtualNetwork
 from hdp.attention.choose import Links
 from hdp.attention.counts import Sizes, count
@@ -22,85 +22,6 @@ from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
 from hdp.attention.route import LayerKey
 from hdp.attention.schedules import get_schedule
-
-HEAD_DIM = 8
-SCORING = Scoring(HEAD_DIM**-0.5)
-SCHEDULES = (
-    *("ring", "ring_q", "token_ring", "direct", "all_gather", "all_gather:2", "ulysses", "ulysses:2"),
-    *("hybrid:2", "hybrid:4", "double_ring:2", "double_ring:4"),
-)
-HEADS = {
-    "mha": HeadCount(query=4, key=4),
-    "gqa3": HeadCount(query=6, key=2),
-    "gqa8": HeadCount(query=16, key=2),
-    "mqa": HeadCount(query=5, key=1),
-}
-MASKS = {
-    "causal": (Mask(), "zigzag"),
-    "striped": (Mask(), "striped"),
-    "bidirectional": (Mask(causal=False), "contiguous"),
-    "window": (Mask(window=11), "zigzag"),
-    "window_both_ways": (Mask(causal=False, window=7), "contiguous"),
-}
-LENGTHS = (61, 5, 130, 1, 24)  # nothing divides them; fewer tokens than ranks
-GROUPS = (1, 2, 3, 4, 5, 8)
-
-
-def serves(name: str, size: int) -> bool:
-    base, _, number = name.partition(":")
-    return base not in ("hybrid", "double_ring") or size % int(number) == 0
-
-
-def mixed(name: str, draw: random.Random, world: int, layout: str) -> list[Sequence_]:
-    """Sequences on groups of every size that the schedule serves, and local ones between them."""
-    sequences = [Sequence_(length=draw.choice(LENGTHS), group=(draw.randrange(world),), layout=layout)]
-    for size in (s for s in GROUPS if s <= world and serves(name, s)):
-        group = tuple(draw.sample(range(world), size))
-        schedule = name if size > 1 else "local"
-        sequences.append(Sequence_(length=draw.choice(LENGTHS), group=group, schedule=schedule, layout=layout))
-        sequences.append(Sequence_(length=draw.choice(LENGTHS), group=(draw.randrange(world),), layout=layout))
-    return sequences
-
-
-@pytest.mark.parametrize("mask_name", MASKS)
-@pytest.mark.parametrize("heads_name", HEADS)
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_float64_is_exact(name: str, heads_name: str, mask_name: str) -> None:
-    draw = random.Random(f"{name} {heads_name} {mask_name}")
-    (mask, layout), heads = MASKS[mask_name], HEADS[heads_name]
-    sequences = mixed(name, draw, draw.choice((4, 5, 8)), layout)
-    data = make_data([s.length for s in sequences], heads, HEAD_DIM, mask, SCORING, torch.float64, seed=1)
-    result = attend_together(
-        *(sequences, data, mask, SCORING, torch.float64),
-        backend="reference",
-        seed=draw.randrange(1000),
-        can_ask=draw.random() < 0.5,
-    )
-    for what, error in result.errors(data).items():
-        assert error <= 1e-12, f"{what}: {error}"
-    for lse, d in zip(result.lse, data, strict=True):
-        assert lse.isfinite().all() and len(lse) == len(d.q)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("heads_name", ["mha", "gqa3", "mqa"])
-def test_float32_and_bfloat16(name: str, heads_name: str) -> None:
-    """fp32 within 1e-5; bf16 at most 1.5 x the error of the same sequences on one rank each."""
-    draw = random.Random(f"{name} {heads_name}")
-    heads = HEADS[heads_name]
-    mask, layout = MASKS[draw.choice(("causal", "bidirectional", "window"))]
-    sequences = mixed(name, draw, draw.choice((4, 8)), layout)
-    lengths = [s.length for s in sequences]
-    exact = make_data(lengths, heads, HEAD_DIM, mask, SCORING, torch.float32, seed=2)
-    result = attend_together(sequences, exact, mask, SCORING, torch.float32, backend="cpu", seed=3)
-    assert max(result.errors(exact).values()) <= 1e-5
-    rough = make_data(lengths, heads, HEAD_DIM, mask, SCORING, torch.bfloat16, seed=2)
-    shared = attend_together(sequences, rough, mask, SCORING, torch.bfloat16, backend="cpu", seed=3)
-    alone = [Sequence_(length=s.length, group=(0,), layout=layout) for s in sequences]
-    single = attend_together(alone, rough, mask, SCORING, torch.bfloat16, backend="cpu", seed=3)
-    limits = single.total_errors(rough)
-    for what, error in shared.total_errors(rough).items():
-        assert error <= 1.5 * limits[what], f"{what}: {error} against {limits[what]} on one rank"
 
 
 @pytest.mark.parametrize("forward", ["ring", "ulysses", "token_ring"])

@@ -53,13 +53,15 @@ class Data:
     v: Tensor
     do: Tensor
     out: Tensor
+    lse: Tensor
+    """[tokens, heads]."""
     dq: Tensor
     dk: Tensor
     dv: Tensor
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring) -> Tensor:
-    """Attention written out; autograd works through it."""
+def dense_scores(q: Tensor, k: Tensor, mask: Mask, scoring: Scoring) -> Tensor:
+    """[heads, tokens, tokens], -inf where the mask forbids."""
     tokens, group = q.shape[0], q.shape[1] // k.shape[1]
     position = torch.arange(tokens)
     allowed = torch.ones(tokens, tokens, dtype=torch.bool)
@@ -70,8 +72,13 @@ def dense(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring) -> Tens
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(group, 1)) * scoring.scale
     if scoring.softcap:
         scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(group, 1))
+    return scores.masked_fill(~allowed, float("-inf"))
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scoring: Scoring) -> Tensor:
+    """Attention written out; autograd works through it."""
+    weights = dense_scores(q, k, mask, scoring).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(q.shape[1] // k.shape[1], 1))
 
 
 def make_data(
@@ -86,8 +93,13 @@ def make_data(
         leaves = [t.requires_grad_() for t in (q, k, v)]
         out = dense(*leaves, mask, scoring)
         dq, dk, dv = torch.autograd.grad(out, leaves, do) if length else leaves
-        made.append(Data(q.detach(), k.detach(), v.detach(), do, out.detach(), dq, dk, dv))
+        q, k, v, out = (t.detach() for t in (q, k, v, out))
+        lse = dense_scores(q, k, mask, scoring).logsumexp(-1).T
+        made.append(Data(q, k, v, do, out, lse, dq, dk, dv))
     return made
+
+
+RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 
 @dataclass
@@ -104,26 +116,22 @@ class Result:
     peaks: dict[int, int] = field(default_factory=dict)
     """Bytes of each rank's arena."""
 
-    def total_errors(self, data: Sequence[Data]) -> dict[str, float]:
-        """Relative error of each result over all sequences together."""
+    def errors_of(self, data: Sequence[Data], numbers: Sequence[int]) -> dict[str, float]:
+        """Relative error of each result over some sequences together: ||difference|| / ||result||."""
         found = {}
-        for name in ("out", "dq", "dk", "dv"):
-            mine, want = torch.cat(getattr(self, name)), torch.cat([getattr(d, name) for d in data])
-            found[name] = ((mine.double() - want).norm() / want.norm()).item()
+        for name in RESULTS:
+            mine = torch.cat([getattr(self, name)[i].flatten().double() for i in numbers])
+            want = torch.cat([getattr(data[i], name).flatten() for i in numbers])
+            coming = torch.cat([data[i].do.flatten() for i in numbers]).norm()
+            # Queries that see one key only have no gradient at all: there, what came in is the measure.
+            scale = want.norm() if want.norm() > 1e-9 * coming else coming
+            found[name] = ((mine - want).norm() / scale).item() if len(mine) else 0.0
         return found
 
     def errors(self, data: Sequence[Data]) -> dict[str, float]:
-        """Largest relative error of each result over all sequences: ||difference|| / ||result||."""
-        found = {}
-        for name in ("out", "dq", "dk", "dv"):
-            pairs = [(mine, getattr(d, name), d.do) for mine, d in zip(getattr(self, name), data, strict=True)]
-            # A query that sees one key has no gradient: rounding there is measured against the gradient that came in.
-            found[name] = max(
-                ((mine.double() - want).norm() / max(want.norm().item(), 0.1 * do.norm().item())).item()
-                for mine, want, do in pairs
-                if len(do)
-            )
-        return found
+        """Largest relative error of each result over all sequences, each by itself."""
+        each = [self.errors_of(data, [i]) for i in range(len(data))]
+        return {name: max(e[name] for e in each) for name in RESULTS}
 
 
 def attend_together(
@@ -150,8 +158,8 @@ def attend_together(
         drive_together(runs, network, seed)
     result = Result([], [], [], [], [], networks, {r: p.runtime.peak_bytes for r, p in places.items()})
     for number, (sequence, d) in enumerate(zip(sequences, data, strict=True)):
-        for name, like in (("out", d.q), ("lse", d.q[:, :, 0]), ("dq", d.q), ("dk", d.k), ("dv", d.k)):
-            whole = torch.full_like(like, float("nan"))
+        for name in RESULTS:
+            whole = torch.full_like(getattr(d, name), float("nan"))
             for r in sequence.group:
                 for (start, stop), rows in places[r].rows(number):
                     whole[start:stop] = places[r].tensors[name][rows].double()
