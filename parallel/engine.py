@@ -25,7 +25,7 @@ from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch
 from hdp.parallel.costs import assume
 from hdp.parallel.loader import Loader
 from hdp.parallel.loss import loss_sum
-from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans
+from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans, pack_spans
 from hdp.parallel.models import check_attention, check_router, compute_dtype, output_head
 from hdp.parallel.schedules import make_chooser
 from hdp.parallel.world import World
@@ -210,8 +210,10 @@ class Engine:
 
     def _result(self, batch: PlannedBatch, total: float, seconds: float, spans: list[Span]) -> StepResult:
         waited = sum(b - a for a, b in self.waits)
-        table = gather_numbers(self.world, total, seconds, waited)
-        gathered = gather_spans(self.world, spans) if self.world.world_size <= TIMELINE_WORLD else ()
+        packed = pack_spans(spans)
+        table = gather_numbers(self.world, total, seconds, waited, len(packed))
+        longest = int(table[:, 3].max())
+        gathered = gather_spans(self.world, packed, longest) if self.world.world_size <= TIMELINE_WORLD else ()
         return StepResult(
             step=batch.step,
             loss=float(table[:, 0].sum()) / batch.loss_weight,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from hdp.parallel.world import World
 
+KINDS = ("compute", "wait")
 TIMELINE_WORLD = 64
 """Largest world whose spans are gathered on every rank by default."""
 
@@ -72,7 +74,24 @@ def gather_numbers(world: World, *numbers: float) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def gather_spans(world: World, spans: list[Span]) -> tuple[Span, ...]:
-    rows: list[list[Span] | None] = [None] * world.world_size
-    dist.all_gather_object(rows, spans, group=world.control)
-    return tuple(span for row in rows if row for span in row)
+def gather_spans(world: World, packed: list[float], longest: int) -> tuple[Span, ...]:
+    """All ranks' spans. ``packed``: this rank's, by :func:`pack_spans`; ``longest``: numbers in the longest rank's."""
+    rows = gather_numbers(world, *packed, *[0.0] * (longest - len(packed)))
+    return tuple(span for rank, row in enumerate(rows.tolist()) for span in _unpack(rank, row))
+
+
+def pack_spans(spans: list[Span]) -> list[float]:
+    """As numbers, which travel in one message: how many, and of each slot, kind, start, stop, and its sequences."""
+    packed = [float(len(spans))]
+    for span in spans:
+        packed += (span.slot, KINDS.index(span.kind), span.start, span.stop, len(span.sequences), *span.sequences)
+    return packed
+
+
+def _unpack(rank: int, row: list[float]) -> Iterator[Span]:
+    at = 1
+    for _ in range(int(row[0])):
+        slot, kind, start, stop, count = row[at : at + 5]
+        at += 5 + int(count)
+        sequences = tuple(int(n) for n in row[at - int(count) : at])
+        yield Span(rank=rank, slot=int(slot), kind=KINDS[int(kind)], start=start, stop=stop, sequences=sequences)
