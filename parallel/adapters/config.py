@@ -48,10 +48,11 @@ def build_engine(model: nn.Module, world: World, config: HdpConfig, *, bf16: boo
     """Makes ``model`` use hdp's attention and wraps it.
 
     Args:
-        bf16: compute in bfloat16 with parameters, reductions and optimizer in fp32.
+        bf16: compute in bfloat16 with parameters, reductions and optimizer in fp32. DDP has no mixed precision of its own:
+            run its steps under ``torch.autocast``.
 
     Raises:
-        ValueError: bf16 with DDP, and whatever the engine refuses.
+        ValueError: whatever the engine refuses.
     """
     if getattr(getattr(model, "config", None), "_attn_implementation", "hdp") != "hdp":
         model.set_attn_implementation("hdp")  # type: ignore[operator]
@@ -60,11 +61,6 @@ def build_engine(model: nn.Module, world: World, config: HdpConfig, *, bf16: boo
 
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else None
         return shard(model, world, regime=config.regime, mp_policy=policy)
-    if bf16:
-        raise ValueError(
-            "bf16=True with engine 'ddp': DDP has no mixed precision of its own; use engine 'fsdp', or load the model in"
-            " bfloat16 and set bf16=False"
-        )
     from hdp.parallel.ddp import replicate
 
     return replicate(model, world)

@@ -14,9 +14,11 @@ differently; the trainer's ``epoch`` and the strategies ``"epoch"`` go by the me
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -188,9 +190,16 @@ class HdpTrainerMixin(_Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
-        result = self.engine.forward_backward(inputs)
+        with self._precision():
+            result = self.engine.forward_backward(inputs)
         self.meter.add(inputs, result, self.model)
         return torch.tensor(result.loss, dtype=torch.float32, device=self.args.device)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        """bf16 under DDP; FSDP2 has its own."""
+        if self.args.bf16 and self.hdp_config.engine == "ddp":
+            return torch.autocast(self.args.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the trainer's, over the wrapped model's parameters.
@@ -242,7 +251,8 @@ class HdpTrainerMixin(_Trainer):
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
         config = self.hdp_config
-        loss = self.engine.evaluate(documents, capacity=config.capacity, planner=config.planner)
+        with self._precision():
+            loss = self.engine.evaluate(documents, capacity=config.capacity, planner=config.planner)
         self.model.eval()  # as the trainer leaves it; its own log() goes by that
         metrics = {f"{metric_key_prefix}_loss": loss}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=len(documents))  # type: ignore[arg-type]
