@@ -1,7 +1,8 @@
 """The attention function ``"hdp"`` of Hugging Face transformers.
 
 Inside a planned batch (the model is called with ``hdp_route=...``, which transformers hands down to attention) it runs the
-route's programs. Outside one (evaluation, ``generate``) it is transformers' own ``sdpa``, masks included.
+route's programs. Outside one (evaluation, ``generate``) it is transformers' own ``sdpa``, masks included; a soft-cap (Gemma
+2), which sdpa does not know, is computed in plain torch there.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def hdp_attention(
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         _refuse_unknown(keywords, _HARMLESS | _OUTSIDE, "outside a planned batch")
-        keywords.update(softcap=softcap) if softcap is not None else None
+        if softcap is not None:
+            return _capped(module, query, key, value, attention_mask, scaling, dropout, softcap, is_causal), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **keywords
         )
@@ -77,6 +79,32 @@ def hdp_attention(
         q, k, v, route=hdp_route, scale=scaling, causal=bool(causal), window=sliding_window, softcap=softcap or 0.0
     )
     return out.unsqueeze(0), None
+
+
+def _capped(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    softcap: float,
+    is_causal: bool | None,
+) -> Tensor:
+    """Attention with a soft-cap outside a planned batch, written out, since sdpa has none: rows x keys memory."""
+    group, rows = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = (t.repeat_interleave(group, dim=1) for t in (key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if mask is None and causal and rows > 1:  # as sdpa: no mask stands for a causal one, but for a single new token
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 def _refuse(query: Tensor, attention_mask: Tensor | None, dropout: float, keywords: dict[str, Any]) -> None:
