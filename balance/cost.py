@@ -159,7 +159,8 @@ class CostModel:
 def _ticks(seconds: FloatArray) -> IntArray:
     if seconds.size and float(seconds.max()) / TICK > 2.0**61:
         raise PlanError(f"a sequence takes {float(seconds.max()):.3g} s: check the cost model's units (seconds)")
-    return np.rint(seconds / TICK).astype(np.int64)
+    ticks = seconds * (1.0 / TICK)  # exact: a power of two
+    return np.rint(ticks, out=ticks).astype(np.int64)
 
 
 def ring_phase(attention: Any, ring: Any, latency: Any, size: Any) -> Any:

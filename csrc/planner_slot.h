@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "planner_board.h"
+#include "planner_level.h"
 
 namespace planner {
 
@@ -288,6 +289,7 @@ inline Assignment plan_slot(const Machine& machine, const Sequences& seq, i64 co
       best = std::move(*packs);
     }
   }
+  if (seq.count > 0) SlotLevel(machine, seq, constant, best).run();
   return best;
 }
 

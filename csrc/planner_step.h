@@ -2,7 +2,10 @@
 // target until the board holds.
 #pragma once
 
+#include <set>
+
 #include "planner_board.h"
+#include "planner_level.h"
 
 namespace planner {
 
@@ -30,6 +33,7 @@ class Ordering {
       }
       if (!join(shared[i])) open(shared[i]);
     }
+    level();
     for (int r = 0; r < machine_.world; ++r) pack(r, kNever, seq_.count);
     plan_.makespan = *std::max_element(ready_.begin(), ready_.end());
   }
@@ -44,6 +48,54 @@ class Ordering {
   std::vector<Members> group_ = std::vector<Members>(seq_.count);
   std::vector<i64> held_ = std::vector<i64>(seq_.count, 0);  // tokens of the fullest member in the slot that d opened
   std::vector<int> opener_ = std::vector<int>(seq_.count, -1);
+
+  // What a rank runs last is whole sequences, which any rank can take: the rank that ends last gives one to a rank that ends
+  // early, or swaps one for a shorter one, until none can. Ends within 2^-14 of the average count as level.
+  void level() {
+    const auto end_of = [&](int r) {
+      return std::accumulate(whole_[r].begin(), whole_[r].end(), ready_[r], [&](i64 t, int d) { return t + seq_.work[d]; });
+    };
+    std::set<std::pair<i64, int>> ends;
+    __int128 sum = 0;
+    for (int r = 0; r < machine_.world; ++r) {
+      const i64 end = end_of(r);
+      ends.emplace(end, r);
+      sum += end;
+    }
+    const i64 average = static_cast<i64>(sum / machine_.world), enough = average + (average >> 14) + 1;
+    for (i64 moves = 4 * i64{machine_.world} + 1024; moves > 0; --moves) {
+      const auto [end, giver] = *ends.rbegin();
+      if (end <= enough || whole_[giver].empty()) return;
+      if (!relieve(giver, end, ends)) return;
+    }
+  }
+
+  // Whether the giver ends earlier after a move or swap with one of the ranks that end first.
+  bool relieve(int giver, i64 end, std::set<std::pair<i64, int>>& ends) {
+    int tries = 8;
+    for (auto it = ends.begin(); it != ends.end() && tries > 0; ++it, --tries) {
+      const auto [early, taker] = *it;
+      const i64 gap = end - early;
+      if (taker == giver || gap < 2) return false;
+      const auto [give, take] = best_swap(seq_, whole_[giver], whole_[taker], gap, [](int, int) { return true; });
+      if (give < 0) continue;
+      const i64 moved = seq_.work[give] - (take < 0 ? 0 : seq_.work[take]);
+      ends.erase({end, giver});
+      ends.erase({early, taker});
+      ends.emplace(end - moved, giver);
+      ends.emplace(early + moved, taker);
+      hand(give, giver, taker);
+      if (take >= 0) hand(take, taker, giver);
+      return true;
+    }
+    return false;
+  }
+
+  void hand(int d, int from, int to) {
+    erase_sorted(whole_[from], d);
+    insert_sorted(whole_[to], d);
+    plan_.groups.ranks[group_[d].first - plan_.groups.ranks.data()] = to;
+  }
 
   i64 part(int d) const { return ceil_div(seq_.length[d], static_cast<i64>(group_[d].size())); }
 

@@ -24,13 +24,19 @@ RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 def terms(problem: Problem, order: IntArray, room: int) -> IntArray:
     """What the search reads: int64 [9, sequences of ``order``], see ``csrc/planner.cpp``; ``room``: tokens of a share."""
     costs = problem.costs
-    lengths = costs.lengths[order]
-    # Ranks that run freely pay a micro-batch's constant by the tokens that fill it; in regime slot all pay it at once.
-    constant = costs.constant if problem.regime == "step" else 0
-    linear = costs.linear[order] + constant * lengths // problem.capacity
-    rows = [lengths, -(-lengths // room), linear, *costs.attention[:, order]]
-    rows += [costs.ring[0, 0][order], costs.ring[0, 1][order], costs.ring[1, 0][order], costs.ring[1, 1][order]]
-    return np.ascontiguousarray(np.stack(rows), dtype=np.int64)
+    rows = np.empty((9, len(order)), dtype=np.int64)
+    lengths = rows[0]
+    for row, of_all in zip(
+        (0, 2, 3, 4, 5, 6, 7, 8),
+        (costs.lengths, costs.linear, *costs.attention, *costs.ring.reshape(4, -1)),
+        strict=True,
+    ):
+        np.take(of_all, order, out=rows[row], mode="clip")  # mode: without a copy
+    rows[1] = -(-lengths // room)
+    if costs.constant and problem.regime == "step":
+        # Ranks that run freely pay a micro-batch's constant by the tokens that fill it; in regime slot all pay it at once.
+        rows[2] += costs.constant * lengths // problem.capacity
+    return rows
 
 
 def make(problem: Problem, name: str) -> Plan:
