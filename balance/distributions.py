@@ -99,17 +99,27 @@ def draw_lengths(name: str, *, tokens: int, context: int, seed: int = 0) -> IntA
 
 
 def read_lengths(path: str | Path) -> IntArray:
-    """One length a line; the line number, from 0, is the sequence. Blank lines are an error, for they would shift it."""
+    """One length a line; the line number, from 0, is the sequence.
+
+    Blank lines at the end are passed over; elsewhere they are an error, for they would shift the sequences after them.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"lengths file {str(path)!r} cannot be read: {error}") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise PlanError(f"lengths file {str(path)!r} is empty: give one whole number a line")
     lengths = np.zeros(len(lines), dtype=np.int64)
     for number, line in enumerate(lines):
-        try:
-            lengths[number] = int(line)
-        except (ValueError, OverflowError):
-            raise PlanError(f"{path}, line {number + 1}: {line!r} is no length: give one whole number a line") from None
+        digits = line.strip()
+        # Not what int() takes beyond digits (signs, underscores), nor more than int64 holds.
+        if not (digits.isascii() and digits.isdecimal()) or len(digits) > 18:
+            raise PlanError(
+                f"{path}, line {number + 1}: {line!r} is no length: give one whole number of at least 0 a line"
+            )
+        lengths[number] = int(digits)
     return lengths
 
 

@@ -92,8 +92,8 @@ def write_trace(plan: Plan, cost: CostModel, topology: Topology, path: Path) -> 
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
-def draw(plan: Plan, cost: CostModel, topology: Topology, path: Path) -> None:
-    """One row a rank: shared micro-batches dark, local ones light, waiting blank. The suffix of ``path`` is the format."""
+def draw(plan: Plan, cost: CostModel, topology: Topology, path: Path, *, kind: str | None = None) -> None:
+    """One row a rank: shared micro-batches dark, local ones light, waiting blank. Without ``kind`` the suffix decides."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -126,4 +126,4 @@ def draw(plan: Plan, cost: CostModel, topology: Topology, path: Path) -> None:
     axes.set_ylabel("rank" if step == 1 else f"every {step}th rank")
     axes.set_title(f"{plan.planner}, {plan.world_size} ranks, regime {plan.regime}")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12 if rows > 8 else -0.3), ncols=3, frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format=kind)

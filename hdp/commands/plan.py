@@ -3,8 +3,8 @@
   hdp plan --lengths lengths.txt --world-size 64 --capacity 8192
   hdp plan --distribution github --context 262144 --tokens 4e6 --world-size 64 --capacity 8192 --compare
 
-Exit codes: 0 planned; 1 a file could not be written; 2 bad arguments; 3 the batch cannot be planned (a document too long
-for the cluster, say: the message names the offload ratio that would make it fit).
+Exit codes: 0 planned; 1 a file could not be written; 2 bad arguments, a bad file of lengths among them; 3 the batch cannot be
+planned (a document too long for the cluster, say: the message names the offload ratio that would make it fit).
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+
+import numpy as np
 
 from hdp.balance import PLANNERS, CostModel, Link, PlanError, Topology
 from hdp.balance.bounds import slot_bound, step_bound
@@ -30,7 +34,39 @@ from hdp.balance.report import describe, table
 
 HELP = "plan one batch: groups, balance, waiting, memory"
 CANNOT_PLAN = 3
+BAD_ARGUMENTS = 2
 CANNOT_WRITE = 1
+
+
+class BadArgumentsError(Exception):
+    """What the user gave is no batch or no cluster, whatever the planner."""
+
+
+@contextmanager
+def reading_arguments() -> Iterator[None]:
+    """Inside, a PlanError or a file that cannot be read is the fault of the arguments."""
+    try:
+        yield
+    except (PlanError, OSError) as error:
+        raise BadArgumentsError(str(error)) from error
+
+
+def at_least_one(text: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def offload_of(text: str) -> str:
+    """``off``, ``auto`` or a ratio, for argparse."""
+    try:
+        known = text in ("off", "auto") or 0.0 <= float(text) <= 1.0
+    except ValueError:
+        known = False
+    if not known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither off, auto nor a ratio from 0 to 1")
+    return text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,16 +87,28 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--lengths", metavar="FILE", help="one length a line")
     source.add_argument("--distribution", choices=list(DISTRIBUTIONS), help="draw lengths")
+    source.add_argument(
+        "--dataset",
+        metavar="PATH",
+        help="documents of a folder of text, a .jsonl file or a Hugging Face dataset on disk",
+    )
     source.add_argument("--source-tree", metavar="FOLDER", help="one document a file, four bytes a token")
     parser.add_argument("--tokens", type=float, default=1e6, help="tokens to draw; default: 1e6")
-    parser.add_argument("--context", type=int, default=262144, help="longest document to draw; default: 262144")
+    parser.add_argument(
+        "--context",
+        type=at_least_one,
+        default=262144,
+        help="longest document to draw; a dataset's are cut; default: 262144",
+    )
+    parser.add_argument("--tokenizer", metavar="NAME", help="of --dataset, as transformers knows it; default: bytes")
+    parser.add_argument("--text-column", default="text", help="of --dataset; default: text")
 
 
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """World, links, model and device."""
-    parser.add_argument("--world-size", type=int, required=True, help="ranks")
-    parser.add_argument("--ranks-per-node", type=int, default=8, help="default: 8")
-    parser.add_argument("--capacity", type=int, required=True, help="tokens a rank holds in one micro-batch")
+    parser.add_argument("--world-size", type=at_least_one, required=True, help="ranks")
+    parser.add_argument("--ranks-per-node", type=at_least_one, default=8, help="default: 8")
+    parser.add_argument("--capacity", type=at_least_one, required=True, help="tokens a rank holds in one micro-batch")
     parser.add_argument("--regime", choices=("step", "slot"), default="step", help="default: step")
     parser.add_argument("--model", default="llama-7b", help="a shipped model, a config.json or its folder")
     parser.add_argument("--profile", metavar="FILE", help="cost model and links that hdp profile measured")
@@ -73,7 +121,10 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--disk-memory", type=float, help="bytes on a local disk beyond --host-memory")
     parser.add_argument("--overhead", type=float, default=0.0, help="seconds per layer and micro-batch; default: 0")
     parser.add_argument(
-        "--offload", default="off", help="off, auto, or the largest ratio allowed, 0 to 1; default: off"
+        "--offload",
+        type=offload_of,
+        default="off",
+        help="off, auto, or the largest ratio allowed, 0 to 1; default: off",
     )
 
 
@@ -129,15 +180,37 @@ def lengths_of(arguments: argparse.Namespace) -> IntArray:
         return read_lengths(arguments.lengths)
     if arguments.source_tree is not None:
         return source_tree_lengths(arguments.source_tree)
+    if arguments.dataset is not None:
+        return dataset_lengths(arguments)
     return draw_lengths(
         arguments.distribution, tokens=int(arguments.tokens), context=arguments.context, seed=arguments.seed
     )
+
+
+def dataset_lengths(arguments: argparse.Namespace) -> IntArray:
+    """Documents of the dataset in the order of ``--seed`` until they hold ``--tokens``; all of them where it holds fewer."""
+    from hdp.data import DataError, open_documents
+
+    try:
+        documents = open_documents(
+            arguments.dataset,
+            tokenizer=arguments.tokenizer,
+            text_column=arguments.text_column,
+            max_length=max(arguments.context, 2),
+        )
+    except DataError as error:
+        raise PlanError(f"--dataset: {error}") from error
+    shuffled = np.random.default_rng(arguments.seed).permutation(documents.lengths).astype(np.int64)
+    return shuffled[: int(np.searchsorted(np.cumsum(shuffled), arguments.tokens)) + 1]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Plans and writes what was asked for."""
     try:
         return _run(arguments)
+    except BadArgumentsError as error:
+        print(f"hdp plan: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
     except PlanError as error:
         print(f"hdp plan: {error}", file=sys.stderr)
         return CANNOT_PLAN
@@ -147,8 +220,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    topology, cost = cluster_of(arguments)
-    lengths = lengths_of(arguments)
+    with reading_arguments():
+        topology, cost = cluster_of(arguments)
+        lengths = lengths_of(arguments)
     bound, kind = _bound(arguments, lengths, topology, cost)
     names = list(PLANNERS) if arguments.compare else [arguments.planner]
     rows: list[tuple[str, Plan | str, Evaluation | None, float]] = []
@@ -230,8 +304,8 @@ def _write(
         from hdp.balance.timeline import write_trace
 
         write_trace(made, cost, topology, Path(arguments.trace))
-    for target in (arguments.png, arguments.svg):
+    for target, kind in ((arguments.png, "png"), (arguments.svg, "svg")):
         if target:
             from hdp.balance.timeline import draw
 
-            draw(made, cost, topology, Path(target))
+            draw(made, cost, topology, Path(target), kind=kind)

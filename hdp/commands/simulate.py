@@ -26,12 +26,15 @@ from hdp.balance.plan import IntArray
 from hdp.balance.simulator import SHARDINGS, Cluster, Simulation, simulate
 from hdp.balance.simulator.picture import Row, draw
 from hdp.commands.plan import (
+    BAD_ARGUMENTS,
     CANNOT_PLAN,
     CANNOT_WRITE,
+    BadArgumentsError,
     add_batch_arguments,
     add_cluster_arguments,
     cluster_of,
     lengths_of,
+    reading_arguments,
 )
 
 HELP = "simulate steps on a cluster: compare planners by table and picture"
@@ -74,6 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Simulates and writes what was asked for."""
     try:
         return _run(arguments)
+    except BadArgumentsError as error:
+        print(f"hdp simulate: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
     except PlanError as error:
         print(f"hdp simulate: {error}", file=sys.stderr)
         return CANNOT_PLAN
@@ -86,16 +92,20 @@ def _run(arguments: argparse.Namespace) -> int:
     names = [name.strip() for name in arguments.planners.split(",")]
     unknown = [name for name in names if name not in PLANNERS]
     if unknown:
-        raise PlanError(f"unknown planner {unknown[0]!r}: choose of {', '.join(PLANNERS)}")
+        raise BadArgumentsError(f"unknown planner {unknown[0]!r}: choose of {', '.join(PLANNERS)}")
     if arguments.steps < 1:
-        raise PlanError(f"--steps is {arguments.steps}: give at least 1")
-    if arguments.steps > 1 and not arguments.distribution:
-        raise PlanError("--steps draws batches: give a --distribution, or leave it at 1 for a file of lengths")
-    cost, cluster = machine_of(arguments)
+        raise BadArgumentsError(f"--steps is {arguments.steps}: give at least 1")
+    if arguments.steps > 1 and not (arguments.distribution or arguments.dataset):
+        raise BadArgumentsError(
+            "--steps draws batches: give a --distribution or --dataset, or leave it at 1 for a file of lengths"
+        )
+    with reading_arguments():
+        cost, cluster = machine_of(arguments)
     outcomes: list[Outcome] = []
     failures: dict[str, str] = {}
     for step in range(arguments.steps):
-        lengths = lengths_of(argparse.Namespace(**{**vars(arguments), "seed": arguments.seed + step}))
+        with reading_arguments():
+            lengths = lengths_of(argparse.Namespace(**{**vars(arguments), "seed": arguments.seed + step}))
         for name in names:
             if name in failures:
                 continue

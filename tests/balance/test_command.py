@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from hdp.balance.distributions import read_lengths
 from hdp.cli import main
 
 ARGUMENTS = ["--world-size", "8", "--ranks-per-node", "8", "--capacity", "64"]
+
+HEAD = {"world_size", "capacity", "regime", "planner", "planning_seconds", "predicted_seconds", "lower_bound_seconds"}
+HEAD |= {"micro_batches"}
 
 
 @pytest.fixture
@@ -29,6 +33,10 @@ def test_json_covers_every_token(lengths: Path, regime: str, capsys: pytest.Capt
     )
     made = json.loads(capsys.readouterr().out)
     assert code == 0
+    assert set(made) == HEAD
+    assert all(set(mb) == {"rank", "slot", "offload_ratio", "shards"} for mb in made["micro_batches"])
+    shards = [shard for mb in made["micro_batches"] for shard in mb["shards"]]
+    assert all(set(shard) == {"sequence", "ranges", "group", "schedule"} for shard in shards)
     assert (made["world_size"], made["capacity"], made["regime"], made["planner"]) == (8, 64, regime, "auto")
     assert made["predicted_seconds"] >= made["lower_bound_seconds"] > 0
     assert made["planning_seconds"] > 0
@@ -43,7 +51,7 @@ def test_json_covers_every_token(lengths: Path, regime: str, capsys: pytest.Capt
 
 
 def test_table_pictures_and_trace(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    outputs = {kind: tmp_path / f"plan.{kind}" for kind in ("png", "svg", "trace")}
+    outputs = {kind: tmp_path / f"{kind}.of-a-plan" for kind in ("png", "svg", "trace")}
     options = [part for kind, path in outputs.items() for part in (f"--{kind}", str(path))]
     assert main(["plan", "--lengths", str(lengths), *ARGUMENTS, *options]) == 0
     shown = capsys.readouterr().out
@@ -63,12 +71,59 @@ def test_too_long_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "offload ratio of" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("text", "line"), [("3\nx\n", "line 2"), ("1\n\n2\n", "line 2"), ("1.5\n", "line 1")])
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("3\nx\n", "line 2"),
+        ("1\n\n2\n", "line 2"),
+        ("1.5\n", "line 1"),
+        ("7\n-1\n", "line 2"),
+        ("1_0\n", "line 1"),
+        ("9" * 30 + "\n", "line 1"),
+        ("", "is empty"),
+    ],
+)
 def test_bad_files_name_the_line(text: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "lengths.txt"
     path.write_text(text)
-    assert main(["plan", "--lengths", str(path), *ARGUMENTS]) == 3
+    assert main(["plan", "--lengths", str(path), *ARGUMENTS]) == 2
     assert line in capsys.readouterr().err
+    assert main(["plan", "--lengths", str(tmp_path / "missing"), *ARGUMENTS]) == 2
+
+
+def test_line_ends_of_any_system(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.txt"
+    for text in ("5\r\n 7\r\n", "5\n7", "5\n7\n\n\n", "\ufeff5\n7\n"):
+        path.write_bytes(text.encode())
+        assert read_lengths(path).tolist() == [5, 7]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--world-size", "0"], ["--capacity", "x"], ["--ranks-per-node", "-1"], ["--offload", "nan"], ["--regime", "x"]],
+    ids=str,
+)
+def test_bad_arguments_exit_with_2(options: list[str], lengths: Path) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["plan", "--lengths", str(lengths), *ARGUMENTS, *options])
+    assert error.value.code == 2
+    assert main(["plan", "--lengths", str(lengths), *ARGUMENTS, "--flops", "0"]) == 2
+
+
+def test_documents_of_a_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes are tokens unless a tokenizer is named: 40 documents of 30 tokens or so, of which 200 tokens are drawn."""
+    monkeypatch.setenv("HDP_CACHE", str(tmp_path / "cache"))
+    rows = [json.dumps({"text": "x" * 30}) for _ in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    options = ["plan", "--dataset", str(tmp_path / "rows.jsonl"), "--tokens", "200", *ARGUMENTS, "--json", "-"]
+    assert main(options) == 0
+    made = json.loads(capsys.readouterr().out)
+    held = sum(b - a for mb in made["micro_batches"] for s in mb["shards"] for a, b in s["ranges"])
+    assert 200 <= held < 240
+    assert main(["plan", "--dataset", str(tmp_path / "missing"), *ARGUMENTS]) == 2
+    assert "--dataset" in capsys.readouterr().err
 
 
 def test_planning_needs_no_torch(lengths: Path) -> None:

@@ -104,7 +104,7 @@ def test_command_profile_then_simulate(tmp_path: Path, capsys: pytest.CaptureFix
     simulated = tmp_path / "s.json"
     arguments = ["--profile", str(out), "--distribution", "github", "--tokens", "20000", "--context", "4096"]
     arguments += ["--world-size", "4", "--ranks-per-node", "2", "--capacity", "2048", "--json", str(simulated)]
-    assert main(["simulate", *arguments]) == 3  # one rank measured no links
+    assert main(["simulate", *arguments]) == 2  # one rank measured no links
     assert "no links" in capsys.readouterr().err
     arguments += ["--inter-bandwidth", "1e9"]
     assert main(["simulate", *arguments, "--planners", "static,auto", "--sharding", "none"]) == 0
@@ -120,13 +120,13 @@ def test_command_simulate_draws_and_refuses(tmp_path: Path, capsys: pytest.Captu
     assert main([*base, "--svg", str(tmp_path / "s.svg")]) == 0
     assert "speed-up" in capsys.readouterr().out
     assert "<svg" in (tmp_path / "s.svg").read_text()
-    assert main([*base, "--planners", "nothing"]) == 3
+    assert main([*base, "--planners", "nothing"]) == 2
     assert "unknown planner 'nothing'" in capsys.readouterr().err
     lengths.write_text("300000\n")
     assert main(base) == 3
     assert "does not fit" in capsys.readouterr().err
-    assert main([*base, "--steps", "2"]) == 3
-    assert main(["simulate", "--lengths", str(tmp_path / "none"), "--world-size", "4", "--capacity", "1"]) == 3
+    assert main([*base, "--steps", "2"]) == 2
+    assert main(["simulate", "--lengths", str(tmp_path / "none"), "--world-size", "4", "--capacity", "1"]) == 2
 
 
 def test_command_profile_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
