@@ -1,6 +1,7 @@
 """Predicted against measured step times, on the ranks that this is started on.
 
     torchrun --nnodes N ... benchmarks/simulator_reality.py --out reality.json
+    torchrun --nnodes N ... benchmarks/simulator_reality.py --draw 1        # six other batches, drawn with seed 1
 
 Measures the model and the links as ``hdp profile`` does, plans batches with several planners, simulates each plan, then runs
 it on FSDP2 and compares. Prints one line a case; the last line is one JSON object.
@@ -13,12 +14,14 @@ import json
 import statistics
 import time
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hdp
 from hdp.balance import PLANNERS, plan
 from hdp.balance.cost import TICK
+from hdp.balance.distributions import draw_lengths
 from hdp.balance.evaluate import evaluate
 from hdp.balance.plan import Plan
 from hdp.balance.simulator import Cluster, Simulation, simulate
@@ -36,12 +39,25 @@ BATCHES = {
     "all equal": [1000] * 6,
     "above capacity": [1300, 1200, 1150, 1100],
 }
+DRAWN = ("github", "byted", "lognormal-pareto", "source-tree", "short", "one-giant")
+SCALE = 32
+"""A drawn token stands for so many of the distribution's."""
+
+
+def drawn(seed: int) -> dict[str, list[int]]:
+    """One batch of each distribution, of which the simulator has seen none: about 5,000 tokens, documents of up to 3,500."""
+    batches = {}
+    for name in DRAWN:
+        lengths = draw_lengths(name, tokens=5000 * SCALE, context=3500 * SCALE, seed=seed)
+        batches[f"{name} {seed}"] = np.maximum(lengths // SCALE, 2).tolist()
+    return batches
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--planners", default="static,naive,auto", help=f"of {', '.join(PLANNERS)}")
     parser.add_argument("--batches", default=",".join(BATCHES))
+    parser.add_argument("--draw", type=int, metavar="SEED", help="batches drawn with this seed instead of --batches")
     parser.add_argument("--repeats", type=int, default=3, help="measured steps of each plan; the median counts")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
@@ -72,8 +88,7 @@ def main() -> None:
     options = arguments()
     world = hdp.init(timeout=170)
     model = build(options)
-    lengths = (64, 128, 256, 512, 1024, 2048)
-    measured = profile(model, world, lengths=lengths, budget=options.budget)
+    measured = profile(model, world, lengths=(64, 128, 256, 512, 1024, 2048), budget=options.budget)
     if world.rank == 0:
         for sample in measured.samples:
             print(
@@ -101,10 +116,13 @@ def main() -> None:
             f"overlap {measured.overlap:.2f}; gather {gather:.3f} s, reduce {reduce:.3f} s of an empty step", flush=True
         )
     cases = []
-    for name in options.batches.split(","):
+    batches = (
+        {name: BATCHES[name] for name in options.batches.split(",")} if options.draw is None else drawn(options.draw)
+    )
+    for name, lengths in batches.items():
         for planner in options.planners.split(","):
-            made = plan(BATCHES[name], cluster.topology, measured.cost, capacity=CAPACITY, planner=planner)
-            batch = planned(BATCHES[name], made, len(cases))
+            made = plan(lengths, cluster.topology, measured.cost, capacity=CAPACITY, planner=planner)
+            batch = planned(lengths, made, len(cases))
             simulated = simulate(made, measured.cost, cluster)
             predicted = simulated.seconds
             plain = evaluate(made, measured.cost, cluster.topology).seconds
