@@ -68,7 +68,7 @@ class ReduceScatter(DefaultReduceScatter):
         super().__init__()
         self.beside, self.module = beside, module
 
-    def __call__(
+    def __call__(  # type: ignore[override]  # None where FSDP2 is not to wait
         self,
         output_tensor: Tensor,
         input_tensor: Tensor,
