@@ -27,9 +27,14 @@ def find_layers(model: nn.Module, layers: Sequence[nn.Module] | None = None) -> 
             continue
         children = tuple(module)
         if len({type(child) for child in children}) == 1:
-            best = max(best, (sum(p.numel() for p in module.parameters()), children), key=lambda pair: pair[0])
+            best = max(best, (sum(map(_elements, module.parameters())), children), key=lambda pair: pair[0])
     if not best[1]:
         raise ValueError(
             f"{type(model).__name__} has no nn.ModuleList of equal layers: pass layers=[...] in forward order"
         )
     return best[1]
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: DeepSpeed ZeRO-3 leaves an empty tensor where it has not gathered it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -39,9 +39,17 @@ class Activations:
     keep_first: int = 1
     keep_last: int = 1
     """Layers at each end that keep everything."""
+    memo_fraction: float | None = None
+    """``memo``: fraction of the layers that offload everything; the others recompute. Equal on all ranks, so that sharers of
+    a sequence recompute the same layers; ``hdp.offload.auto.memo_fraction`` solves for it."""
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
+        if not 0.0 <= self.ratio <= 1.0:
+            raise ValueError(f"ratio is {self.ratio}: give a number from 0 to 1")
+        if (self.memo_fraction is None) == (self.policy == "memo"):
+            cure = "give a number from 0 to 1" if self.policy == "memo" else "leave it out, or take policy 'memo'"
+            raise ValueError(f"memo_fraction is {self.memo_fraction} under policy {self.policy!r}: {cure}")
 
     @classmethod
     def open(
@@ -52,11 +60,12 @@ class Activations:
         folder: str | Path | None = None,
         host_bytes: int | None = None,
         ratio: float = 1.0,
+        memo_fraction: float | None = None,
     ) -> Activations:
         """A store for this rank, its bandwidth measured by all ranks at once; a collective. Close it, or use ``with``.
 
         Call it when the engine has been made: plans by the engine's own assumptions (``hdp.Loader`` without ``cost``) then use
-        the measured bandwidth, and host memory as the bound of what leaves where there is no disk.
+        the measured bandwidth, and host memory and this rank's share of the free disk as the bound of what leaves.
 
         Args:
             folder: on a local disk; None: no disk tier.
@@ -77,12 +86,13 @@ class Activations:
                 if not tiers:
                     raise ValueError("activations have nowhere to go: give folder=, on a local disk")
                 store = OffloadEngine(tiers, device=world.device)
-                _measure(world, store, host_bytes if folder is None else None)
+                made = cls(store=store, policy=policy, ratio=ratio, memo_fraction=memo_fraction)
+                _measure(world, store, host_bytes)
         except BaseException:
             if store is not None:
                 store.close()
             raise
-        return cls(store=store, policy=policy, ratio=ratio)
+        return made
 
     def __enter__(self) -> Activations:
         return self
@@ -104,6 +114,7 @@ class Activations:
             ratio=ratio,
             policy=policy,
             tokens=tokens,
+            memo_fraction=self.memo_fraction,
             keep_first=self.keep_first,
             keep_last=self.keep_last,
             keep_ops=frozenset({torch.ops.hdp.attend.default}),
@@ -131,5 +142,22 @@ def _measure(world: World, store: OffloadEngine, host_bytes: int | None) -> None
 
     found = store.measure(barrier=lambda: dist.barrier(group=world.control), slowest=slowest)
     if world.assumptions is not None:
-        cost = replace(world.assumptions.cost, copy_bandwidth=min(found.out, found.back), host_memory=host_bytes or 0)
+        share = _disk_share(world, store, world.assumptions.topology.ranks_per_node)
+        on_gpu = any(isinstance(tier, HostTier) for tier in store.chain.tiers)
+        cost = replace(
+            world.assumptions.cost,
+            copy_bandwidth=found.least,
+            # Without a limit to host memory (0) there is none to all tiers; without host memory the disk is all there is.
+            host_memory=float((host_bytes or 0) if on_gpu else share),
+            disk_memory=float(share if on_gpu and host_bytes else 0),
+        )
         world.assumptions = replace(world.assumptions, cost=cost)
+
+
+def _disk_share(world: World, store: OffloadEngine, ranks_per_node: int) -> int:
+    """Bytes on disk that every rank may plan with: the smallest share of any, for plans must be equal."""
+    room = sum(tier.room or 0 for tier in store.chain.tiers if isinstance(tier, FileTier))
+    # A ninth may be lost to rounding (see Chain.room).
+    share = torch.tensor(max(room * 8 // 9 // ranks_per_node, 1), dtype=torch.int64)  # 0 would be no limit
+    dist.all_reduce(share, dist.ReduceOp.MIN, group=world.control)
+    return int(share)

@@ -16,10 +16,13 @@ from hdp.parallel.activations import Activations
 
 LENGTHS = [10, 115, 40, 3, 73, 21]
 CAPACITY = 64
-SETTINGS = [("offload", 0.3), ("offload", 1.0), ("recompute", 1.0), ("recompute", 0.0), ("memo", 1.0)]
+SETTINGS: list[Any] = [("offload", 0.3), ("offload", 1.0), ("recompute", 1.0), ("recompute", 0.0), ("memo", 1.0)]
+UNEQUAL = [("recompute", 0.0), ("keep", 0.0)]
+"""Of rank 0 and of rank 1: sharers do not hang if they disagree, for attention sends nothing when a layer is recomputed.
+ZeRO-3 is left out: it gathers parameters again for the modules that run again."""
 
 
-def steps(world: hdp.World, name: str, settings: list[tuple[str, float]], folder: str | None) -> Any:
+def steps(world: hdp.World, name: str, settings: list[Any], folder: str | None) -> Any:
     """(loss, gradients, messages) of one step without, then with each setting."""
     engine = make_engine(world, name, make_model())
     batch = plan_batch(world, engine, make_documents(LENGTHS), CAPACITY, planner="naive")
@@ -28,21 +31,26 @@ def steps(world: hdp.World, name: str, settings: list[tuple[str, float]], folder
     with OffloadEngine([tier], min_bytes=256) as store:
         for setting in [None, *settings]:
             if setting is not None:
+                policy, ratio = setting if isinstance(setting, tuple) else setting[world.rank]
+                fraction = 0.5 if policy == "memo" else None
                 engine.activations = Activations(
-                    store=store, policy=setting[0], ratio=setting[1], keep_first=0, keep_last=0
+                    store=store, policy=policy, ratio=ratio, memo_fraction=fraction, keep_first=0, keep_last=0
                 )
             engine.model.zero_grad()
             before = world.channel.messages
             loss = engine.forward_backward(batch).loss
             found.append((loss, full_gradients(engine), world.channel.messages - before))
+            if hasattr(engine, "deepspeed"):
+                engine.deepspeed.step()  # clears what ZeRO-3 has accumulated; the learning rate is 0
     return found
 
 
 @pytest.mark.parametrize("disk", [False, True], ids=["host", "disk"])
-@pytest.mark.parametrize("name", ["fsdp-step", "fsdp-slot", "ddp"])
+@pytest.mark.parametrize("name", ["fsdp-step", "fsdp-slot", "ddp", "zero1", "zero3"])
 def test_the_same_bits_and_messages(ranks, tmp_path, name, disk):
-    for plain, *others in ranks(2).run(steps, name, SETTINGS, str(tmp_path) if disk else None):
-        for setting, (loss, gradients, messages) in zip(SETTINGS, others, strict=True):
+    settings = SETTINGS if name == "zero3" else [*SETTINGS, UNEQUAL]
+    for plain, *others in ranks(2).run(steps, name, settings, str(tmp_path) if disk else None):
+        for setting, (loss, gradients, messages) in zip(settings, others, strict=True):
             assert loss == plain[0], setting
             assert all(torch.equal(gradients[key], value) for key, value in plain[1].items()), setting
             assert messages == plain[2], f"{setting}: {messages} messages instead of {plain[2]}"
@@ -115,9 +123,18 @@ def opened_with_room(world: hdp.World, folder: str) -> list[float]:
     return [engine.forward_backward(batch).loss for batch in loader]
 
 
-def test_an_unknown_policy_is_refused():
-    with OffloadEngine([HostTier()]) as store, pytest.raises(ValueError, match="unknown activation policy 'sell'"):
-        Activations(store=store, policy="sell")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"policy": "sell"}, "unknown activation policy 'sell'"),
+        ({"policy": "memo"}, "memo_fraction is None under policy 'memo': give a number from 0 to 1"),
+        ({"policy": "offload", "memo_fraction": 0.5}, "memo_fraction is 0.5 under policy 'offload': leave it out"),
+        ({"policy": "offload", "ratio": 1.5}, "ratio is 1.5: give a number from 0 to 1"),
+    ],
+)
+def test_bad_settings_are_refused(fields, message):
+    with OffloadEngine([HostTier()]) as store, pytest.raises(ValueError, match=message):
+        Activations(store=store, **fields)
 
 
 def too_long(world: hdp.World, offload: str | float) -> Any:
