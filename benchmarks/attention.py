@@ -11,7 +11,8 @@ smallest and largest in brackets.
 - ``step_us``: microseconds of Python a program step with a null backend, the largest; ``local_overhead``: whole sequences
   against plain SDPA, the largest.
 - ``vs_torch_ring``, ``vs_ulysses``: their time over ours (the pair that ``auto`` chooses) where communication takes as long
-  as computation, the smaller of 2 and 4 hosts; ``..._half``: the same at ratio 0.5. Theirs: torch's templated ring with its head-tail balancer and both rotations; an all-to-all on SDPA.
+  as computation, the smaller of 2 and 4 hosts; ``..._half``: the same at ratio 0.5. Theirs: torch's templated ring with its
+  head-tail balancer, the faster of both rotations; an all-to-all on SDPA.
 - ``cpu_ratio_4``: CPU seconds a rank, 8K tokens, over a quarter of one rank's dense SDPA.
 - ``tokenring_mesh``: ring over TokenRing, forward, MHA, a link for each pair, ratio 4; ``ring_mesh_gqa``: TokenRing over
   ring, GQA 4:1; ``auto_mesh``: whether ``auto`` picks the winner of both.

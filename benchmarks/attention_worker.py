@@ -2,8 +2,8 @@
 
     attention_worker.py '[{"tokens": 8192, "heads": [8, 8], "candidates": ["hdp:ring/ring", "quiet:ring/ring"], ...}, ...]'
 
-Rank 0 prints a JSON list, one object a job: per candidate the seconds of each round (slowest rank), CPU seconds (mean over ranks) and
-bytes sent (every rank).
+Rank 0 prints a JSON list, one object a job: per candidate the seconds of each round (slowest rank), CPU seconds (mean over
+ranks) and bytes sent (every rank).
 """
 
 from __future__ import annotations
