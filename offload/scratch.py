@@ -14,7 +14,7 @@ import time
 import uuid
 from pathlib import Path
 
-from hdp.offload.errors import OffloadError
+from hdp.offload.errors import FolderError
 
 PREFIX = "hdp-offload-"
 GRACE = 60.0
@@ -75,9 +75,9 @@ class ScratchFile:
         self.path: Path | None = None
         self.fd = -1
         if not self.folder.is_dir():
-            raise OffloadError(f"offload folder {str(self.folder)!r} does not exist: create it on a local disk")
+            raise FolderError(f"offload folder {str(self.folder)!r} does not exist: create it on a local disk")
         if direct and (kind := file_system(self.folder)) in IN_MEMORY:
-            raise OffloadError(
+            raise FolderError(
                 f"offload folder {str(self.folder)!r} is on {kind}, which is memory: what leaves would free nothing; name a "
                 "folder on a local disk, or pass direct=False, which counts as memory in use"
             )
@@ -90,11 +90,11 @@ class ScratchFile:
                 self._open_named(flags)
         except OSError as error:
             if error.errno == errno.EINVAL and direct:
-                raise OffloadError(
+                raise FolderError(
                     f"the file system of {str(self.folder)!r} refuses O_DIRECT: choose a folder on a local disk, or "
                     "pass direct=False, whose page cache then counts as memory in use"
                 ) from error
-            raise OffloadError(f"cannot create a scratch file in {str(self.folder)!r}: {error}") from error
+            raise FolderError(f"cannot create a scratch file in {str(self.folder)!r}: {error}") from error
 
     def _open_unnamed(self, flags: int) -> int:
         try:
