@@ -30,6 +30,8 @@ class Chooser:
     """Cost of a program step on the host."""
     byte_seconds: float = 0.0
     """What a byte sent or received takes from computation."""
+    message_seconds: float = 1e-5
+    """Cost of a tensor sent or received on the host."""
     kept_limit: float | None = None
     """Bytes a layer may keep from forward to backward; None: any."""
 
@@ -62,6 +64,7 @@ class Chooser:
                 backward=forward / self.backward_factor,
                 step_seconds=self.step_seconds,
                 byte_seconds=self.byte_seconds,
+                message_seconds=self.message_seconds,
             ),
             mask=mask,
             layout=layout,

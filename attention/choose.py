@@ -3,7 +3,8 @@
 Each candidate's programs are walked (``hdp.attention.counts``) for the members at the ends of the group. A step
 takes as long as the longer of its computation and its slowest link, so
 
-    seconds = sum over steps of max(area / rate + all bytes x byte_seconds, latency + bytes on the slowest link / its rate),
+    seconds = sum over steps of step_seconds + messages x message_seconds
+              + max(area / rate + all bytes x byte_seconds, latency + bytes on the slowest link / its rate),
 
 the slowest member counts, forward and backward apart. Among candidates within 1 % of the cheapest the one that sends least
 is taken: what is hidden here still uses links that others need.
@@ -74,10 +75,13 @@ class Rates:
     """Fixed cost of each step on the host."""
     byte_seconds: float = 0.0
     """What a byte sent or received takes from computation: on CPUs the same core does both, on GPUs next to nothing."""
+    message_seconds: float = 0.0
+    """Fixed cost of each tensor sent or received on the host."""
 
     def __post_init__(self) -> None:
-        if not (self.forward > 0 and self.backward > 0 and self.step_seconds >= 0 and self.byte_seconds >= 0):
-            raise ValueError(f"rates must be positive and the costs of steps and bytes not negative: {self}")
+        costs = (self.step_seconds, self.byte_seconds, self.message_seconds)
+        if not (self.forward > 0 and self.backward > 0 and min(costs) >= 0):
+            raise ValueError(f"rates must be positive and the costs of steps, bytes and messages not negative: {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,8 +272,8 @@ def _largest(name: str, backward: bool, static: Static) -> tuple[float, float, f
 
 @dataclass(frozen=True, kw_only=True)
 class _Profile:
-    steps: tuple[tuple[tuple[int, int, int, int], int], ...]
-    """((area, bytes on the slowest inner link, on the slowest outer link, all bytes), how many such steps)."""
+    steps: tuple[tuple[tuple[int, int, int, int, int], int], ...]
+    """((area, bytes on the slowest inner link, on the slowest outer link, all bytes, messages), how many such steps)."""
     sent_bytes: int
     peak_bytes: int
     kept_bytes: int
@@ -290,6 +294,7 @@ def _profile(
             _load(s, kind, nodes, member, is_outer=False),
             _load(s, kind, nodes, member, is_outer=True),
             sum(s.sent.values()) + sum(s.received.values()),
+            s.messages,
         )
         for s in counted.steps
     )
@@ -314,11 +319,13 @@ def _seconds(profile: _Profile, case: Case, scale: float, areas: float, backward
     links, rates = case.links, case.rates
     rate = rates.backward if backward else rates.forward
     total = 0.0
-    for (area, inner, outer, handled), times in profile.steps:
+    for (area, inner, outer, handled, messages), times in profile.steps:
         transfer = 0.0
         if inner or outer:
             transfer = links.latency + max(inner * scale / links.inner_rate, outer * scale / links.outer_rate)
         total += times * (
-            rates.step_seconds + max(area * areas / rate + handled * scale * rates.byte_seconds, transfer)
+            rates.step_seconds
+            + messages * rates.message_seconds
+            + max(area * areas / rate + handled * scale * rates.byte_seconds, transfer)
         )
     return total

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from hdp.attention.blocks import HeadBlocks
 from hdp.attention.layout import Layout, Range, Ranges
+from hdp.attention.lowered import COMPONENTS
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount, Kind, RankProgram, Tile
 
@@ -59,6 +60,8 @@ class StepCount:
     """Bytes by destination (member)."""
     received: dict[int, int]
     """Bytes by source (member)."""
+    messages: int
+    """Tensors sent and received."""
     buffer_bytes: int
     """See [Note: buffers]."""
 
@@ -108,8 +111,15 @@ def count(
         for transfers, by_peer in ((step.sends, sent), (step.receives, received)):
             for t in transfers:
                 by_peer[t.peer] += counter.bytes(t.kind, t.chunks, t.heads, t.final)
-        area = sum(_area(layout, mask, tile) for tile in step.tiles)
-        steps.append(StepCount(area=area, sent=dict(sent), received=dict(received), buffer_bytes=buffers[number]))
+        steps.append(
+            StepCount(
+                area=sum(_area(layout, mask, tile) for tile in step.tiles),
+                sent=dict(sent),
+                received=dict(received),
+                messages=sum(len(COMPONENTS[t.kind]) for t in (*step.sends, *step.receives)),
+                buffer_bytes=buffers[number],
+            )
+        )
     kept = sum(counter.bytes(v.kind, v.chunks, v.heads) for v in program.keep)
     return Count(steps=tuple(steps), kept_bytes=kept)
 

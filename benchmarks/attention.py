@@ -36,12 +36,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from attention_grid import auto_grid
+from scipy.optimize import nnls
 
 from hdp.attention.choose import Case, Links, Rates, choose
 from hdp.attention.costs import cost
-from hdp.attention.counts import Sizes
+from hdp.attention.counts import Sizes, count
+from hdp.attention.layout import make_layout
+from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
+from hdp.attention.schedules import get_schedule
 
 FOLDER = Path(__file__).parent
 CPU_PERCENT = 50
@@ -77,13 +82,15 @@ class Cluster:
 
 @dataclass
 class Speed:
-    """One host's tiles without communication."""
+    """One host's tiles without communication, and what communication takes from it on links that do not limit."""
 
     forward: float
     """Seconds."""
     backward: float
     byte_seconds: float
-    """What a byte sent or received takes from the tiles, on links that do not limit."""
+    """A byte sent or received."""
+    message_seconds: float
+    """A tensor sent or received."""
 
     def rates(self, tokens: int, heads: int, hosts: int) -> Rates:
         area = tokens * (tokens + 1) / 2 * heads / hosts
@@ -92,6 +99,7 @@ class Speed:
             backward=area / self.backward,
             step_seconds=1e-3,
             byte_seconds=self.byte_seconds,
+            message_seconds=self.message_seconds,
         )
 
 
@@ -111,24 +119,48 @@ def sent(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: b
 
 
 def speeds(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], hosts: int) -> list[Speed]:
-    """Of each (tokens, heads), measured with links that do not limit."""
-    candidates, parts = ["hdp:ring/ring", "quiet:ring/ring"], ("forward", "backward")
+    """Of each (tokens, heads), measured with links that do not limit.
+
+    What communication takes is fitted to bytes and messages of two schedules, one with few large messages and one with many.
+    """
+    schedules, parts = ("ring", "ulysses:2"), ("forward", "backward")
     jobs = [
-        {"tokens": tokens, "heads": heads, "candidates": candidates, "rounds": 4, "parts": part}
+        {
+            "tokens": tokens,
+            "heads": heads,
+            "candidates": [f"{kind}:{name}/{name}" for name in schedules for kind in ("hdp", "quiet")],
+            "rounds": 5,
+            "parts": part,
+        }
         for tokens, heads in shapes
         for part in parts
     ]
-    found, made = iter(cluster.run_all(hosts, None, jobs)), []
+    found = iter(cluster.run_all(hosts, None, jobs))
+    tiles, handled, lost = [], [], []
     for tokens, heads in shapes:
-        seconds, lost, handled = [], 0.0, 0.0
+        seconds = []
         for part in parts:
-            times = next(found)
-            whole, quiet = (statistics.median(times[c]["seconds"]) for c in candidates)
-            seconds.append(quiet)
-            lost += whole - quiet
-            handled += 2 * max(sent("ring", tokens, heads, hosts, backward=part == "backward"))
-        made.append(Speed(*seconds, byte_seconds=max(lost, 0.0) / handled))
-    return made
+            times = {name: statistics.median(t["seconds"]) for name, t in next(found).items()}
+            seconds.append(times["quiet:ring/ring"])
+            for name in schedules:
+                handled.append(traffic(name, tokens, heads, hosts, part == "backward"))
+                lost.append(max(times[f"hdp:{name}/{name}"] - times[f"quiet:{name}/{name}"], 0.0))
+        tiles.append(seconds)
+    weights = 1 / np.maximum(lost, 1e-3)  # relative errors
+    (byte, message), _ = nnls(np.array(handled) * weights[:, None], np.array(lost) * weights)
+    print(f"{hosts} hosts: communication takes {byte * 1e9:.2f} s a GB, {message * 1e6:.0f} us a message", flush=True)
+    return [Speed(*seconds, byte_seconds=byte, message_seconds=message) for seconds in tiles]
+
+
+def traffic(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: bool) -> tuple[int, int]:
+    """Bytes and messages, sent and received, of the member that has most."""
+    layout, count_ = make_layout("zigzag", tokens, hosts), HeadCount(query=heads[0], key=heads[1])
+    schedule, most = get_schedule(name), (0, 0)
+    for member in range(hosts):
+        program = (schedule.backward if backward else schedule.forward)(layout, Mask(), count_, member)
+        counted = count(program, layout, Mask(), count_, member, SIZES, backward)
+        most = max(most, (counted.sent_bytes + counted.received_bytes, sum(s.messages for s in counted.steps)))
+    return most
 
 
 def speed(cluster: Cluster, tokens: int, heads: tuple[int, int], hosts: int) -> Speed:

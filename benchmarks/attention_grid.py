@@ -7,10 +7,12 @@ import statistics
 from typing import Any
 
 HOSTS = 4
-SHAPES = [(tokens, heads) for heads in ((8, 8), (8, 2)) for tokens in (1024, 2048)]
+SHAPES = [(tokens, heads) for heads in ((8, 8), (8, 2)) for tokens in (2048, 4096)]
 RATIOS = (0.3, 1.0, 4.0)
 """Of the longest multi-head shape; on the same links the ratio of the others is 1/4, 1/2 and twice as large."""
 KINDS = ("nic", "peer")
+WITHIN = 1.15
+"""Pairs slower by more than this are not measured to the end."""
 PAIRS = (
     "ring/ring",
     "ring/ring_q",
@@ -36,7 +38,14 @@ def auto_grid(cluster: Any) -> dict[str, float]:
         rate = rate_for(ratio, *widest, HOSTS, found[widest].forward)
         picks = {shape: "/".join(chosen(*shape, HOSTS, kind, rate, found[shape])) for shape in SHAPES}
         jobs = [
-            {"tokens": tokens, "heads": heads, "rounds": 5, "candidates": [f"hdp:{name}" for name in names]}
+            {
+                "tokens": tokens,
+                "heads": heads,
+                "rounds": 6,
+                "candidates": [f"hdp:{name}" for name in names],
+                "within": WITHIN,
+                "keep": [f"hdp:{pick}"],
+            }
             for (tokens, heads), pick in picks.items()
             for names in [PAIRS if pick in PAIRS else (*PAIRS, pick)]
         ]

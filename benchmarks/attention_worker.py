@@ -9,6 +9,7 @@ ranks) and bytes sent (every rank).
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -62,6 +63,10 @@ class Job:
     rounds: int = 5
     parts: str = "both"
     """"both", "forward" or "backward": what is timed."""
+    within: float | None = None
+    """Candidates whose fastest round is slower by this factor than the median of the fastest one are measured no more."""
+    keep: list[str] = field(default_factory=list)
+    """Candidates that are measured to the end all the same."""
 
 
 class Bench:
@@ -238,16 +243,26 @@ def run_job(settings: dict[str, Any], world: hdp.World) -> dict[str, dict[str, l
     """Measures one job's candidates in turn."""
     dense = settings.pop("dense", False)
     bench = Bench(Job(**{**settings, "heads": tuple(settings["heads"])}), world)
-    found: dict[str, dict[str, list]] = {name: {"seconds": [], "cpu": [], "sent": []} for name in bench.job.candidates}
-    for number in range(bench.job.rounds + 1):
-        for name in bench.job.candidates:
+    job = bench.job
+    found: dict[str, dict[str, list]] = {name: {"seconds": [], "cpu": [], "sent": []} for name in job.candidates}
+    for number in range(job.rounds + 1):
+        for name in running(job, found):
             measured = bench.measure(name)
             if number:  # the first warms up
                 for what, value in measured.items():
                     found[name][what].append(value)
     if dense:
-        found["dense"] = {"cpu": [dense_cpu(bench.job.tokens, bench.job.heads) for _ in range(2)]}
+        found["dense"] = {"cpu": [dense_cpu(job.tokens, job.heads) for _ in range(2)]}
     return found
+
+
+def running(job: Job, found: dict[str, dict[str, list]]) -> list[str]:
+    """Candidates that are measured in the next round; the same on every rank, for all know the same seconds."""
+    rounds = {name: times["seconds"] for name, times in found.items()}
+    if job.within is None or not all(rounds.values()):
+        return job.candidates
+    limit = job.within * min(map(statistics.median, rounds.values()))
+    return [name for name in job.candidates if name in job.keep or min(rounds[name]) <= limit]
 
 
 def main() -> None:
