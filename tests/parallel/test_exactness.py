@@ -167,7 +167,7 @@ def test_random_plans(ranks, exactness, world, seed):
 
 @pytest.mark.parametrize("schedules", [
     ("ring", "ring"), ("ring", "ring_q"), ("token_ring", "token_ring"), ("direct", "direct"), ("all_gather", "all_gather"),
-    ("ulysses", "ulysses"), ("all_gather:2", "ring_q"), ("direct", "token_ring"),
+    ("ulysses", "ulysses"), ("ulysses_home:2", "ulysses_home:2"), ("all_gather:2", "ring_q"), ("direct", "token_ring"),
 ], ids="-".join)  # fmt: skip
 @pytest.mark.parametrize("world", [2, 4])
 def test_schedules_over_real_ranks(ranks, exactness, world, schedules):

@@ -49,7 +49,7 @@ def logits_of(world: hdp.World, versions: list[list[torch.Tensor]], plan: Plan) 
     return found
 
 
-@pytest.mark.parametrize("schedule", ["ring", "token_ring", "ulysses", "all_gather"])
+@pytest.mark.parametrize("schedule", ["ring", "token_ring", "ulysses", "ulysses_home:2", "all_gather"])
 @pytest.mark.parametrize("world", BATCHES)
 def test_no_bit_of_another_document_changes(ranks, world, schedule):
     lengths, groups, slots = BATCHES[world]
