@@ -98,15 +98,15 @@ class TorchChannel:
                 dist.P2POp(dist.isend if is_send else dist.irecv, tensor, group=lane, group_peer=packet.peer)
                 for packet, tensor, is_send in mine
             ]
-            # A coalesced call returns one work for the whole group; either way all must be waited for.
             works = dist.batch_isend_irecv(operations)
-            awaited = [packet for packet, _, is_send in mine if not is_send]
-            group = ticket.sends
-            if awaited:
-                group = ticket.late if all(packet.late for packet in awaited) else ticket.receives
-            group.extend((mine[-1][0], work) for work in works)
-            if group is ticket.late:  # its sends are waited for with the others: their buffers are used again
-                ticket.sends.extend((mine[-1][0], work) for work in works)
+            if len(works) == len(
+                mine
+            ):  # a backend that does not coalesce: each operation is waited for once, by its own
+                for (packet, _, is_send), work in zip(mine, works, strict=True):
+                    group = ticket.sends if is_send else ticket.late if packet.late else ticket.receives
+                    group.append((packet, work))
+            else:
+                _share_work(ticket, mine, works)
         return ticket
 
     def has_received(self, ticket: Ticket) -> bool:
@@ -176,6 +176,18 @@ class TorchChannel:
             f"rank {self.rank}, {self.where}: {verb} {packet.what!r} of sequence {packet.sequence}"
             f" {direction} rank {packet.peer} failed: {first_line(error)}"
         )
+
+
+def _share_work(ticket: Ticket, mine: Sequence[tuple[Packet, Tensor, bool]], works: Sequence[dist.Work]) -> None:
+    """A coalesced call returns one work for all its operations: whoever waits for one of them waits for that."""
+    sent = next((packet for packet, _, is_send in mine if is_send), None)
+    awaited = [packet for packet, _, is_send in mine if not is_send]
+    if awaited:
+        group = ticket.late if all(packet.late for packet in awaited) else ticket.receives
+        group.extend((awaited[0], work) for work in works)
+    if sent is not None and (not awaited or group is ticket.late):
+        # Late receives are waited for later than sends, whose buffers are used again.
+        ticket.sends.extend((sent, work) for work in works)
 
 
 def _await_receives(questions: queue.SimpleQueue[Ticket | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from hdp.attention.auto import Chooser
 from hdp.attention.channel import VirtualNetwork
 from hdp.attention.choose import Links
 from hdp.attention.counts import Sizes, count
+from hdp.attention.executor import Executor, drive_together
 from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
@@ -124,25 +126,36 @@ def test_lowering_is_linear_and_buffers_are_reused() -> None:
 
 
 class Slow:
-    """A channel whose posts are late, each by a time of its own."""
+    """A channel whose transfers are late: posts, and each wait for one, by times of their own."""
 
     def __init__(self, channel: Any, seed: int) -> None:
         self._channel, self._draw = channel, random.Random(seed)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._channel, name)
+        attribute = getattr(self._channel, name)
+        if name not in ("post", "wait_receives", "wait_late", "wait_sends"):
+            return attribute
 
-    def post(self, *arguments: Any) -> Any:
-        time.sleep(self._draw.random() * 0.01)
-        return self._channel.post(*arguments)
+        def late(*arguments: Any) -> Any:
+            time.sleep(self._draw.random() * 0.005)
+            return attribute(*arguments)
+
+        return late
 
 
-def on_real_ranks(world: Any, name: str, heads_name: str, mask_name: str, delayed: bool) -> tuple[dict, list, bool]:
+def grouped(channel: Any) -> Any:
+    """The channel as on NCCL: one grouped call a round and lane, no tags, nothing can be asked."""
+    twin = copy.copy(channel)
+    twin._grouped, twin.can_ask = True, False
+    return twin
+
+
+def on_real_ranks(world: Any, name: str, heads_name: str, mask_name: str, how: str) -> tuple[dict, list, bool]:
     """Errors of this rank's rows, their bits, and whether it sent the bytes that the programs count."""
     (mask, layout), heads = MASKS[mask_name], HEADS[heads_name]
     sequences = mixed(name, random.Random(f"{name} {heads_name}"), world.world_size, layout)
     data = make_data([s.length for s in sequences], heads, HEAD_DIM, mask, SCORING, torch.float32, seed=4)
-    channel = Slow(world.channel, world.rank) if delayed else world.channel
+    channel = {"prompt": copy.copy, "delayed": lambda c: Slow(c, world.rank), "grouped": grouped}[how](world.channel)
     runtime = AttentionRuntime(world.rank, channel, world.device, "cpu")
     mine = [(i, s) for i, s in enumerate(sequences) if world.rank in s.group]
     route = Route(runtime, [s.shard(i) for i, s in mine], serial=(1, 2))
@@ -152,10 +165,10 @@ def on_real_ranks(world: Any, name: str, heads_name: str, mask_name: str, delaye
 
     q, k, v, do = (rows([getattr(d, n) for d in data]).float() for n in ("q", "k", "v", "do"))
     leaves = [t.requires_grad_() for t in (q, k, v)]
-    before = world.channel.sent_bytes
+    before = channel.sent_bytes
     out = attend(*leaves, route=route, causal=mask.causal, window=mask.window)
     out.backward(do)
-    sent = world.channel.sent_bytes - before
+    sent = channel.sent_bytes - before
     sizes, expected = Sizes(head_dim=HEAD_DIM, model_bytes=4), 0
     for _, s in mine:
         laid, schedule = make_layout(layout, s.length, len(s.group)), get_schedule(s.schedule)
@@ -185,13 +198,57 @@ REAL = (
 
 @pytest.mark.parametrize(("name", "heads_name", "mask_name"), REAL)
 def test_on_real_ranks(ranks: Callable[[int], Any], name: str, heads_name: str, mask_name: str) -> None:
-    """Exact, the bytes of the closed forms, and delays change nothing but the time."""
-    prompt = ranks(4).run(on_real_ranks, name, heads_name, mask_name, False)
-    delayed = ranks(4).run(on_real_ranks, name, heads_name, mask_name, True)
-    for (errors, bits, sent), (_, later, _) in zip(prompt, delayed, strict=True):
+    """Exact, the bytes of the closed forms; delays and NCCL's grouped calls change not a bit."""
+    prompt, delayed, nccl = (
+        ranks(4).run(on_real_ranks, name, heads_name, mask_name, how) for how in ("prompt", "delayed", "grouped")
+    )
+    for (errors, bits, sent), *others in zip(prompt, delayed, nccl, strict=True):
         assert max(errors.values()) <= 1e-5
         assert sent, "bytes on the wire are not those of the programs"
-        assert bits == later
+        for _, other, same in others:
+            assert same and other == bits
+
+
+class Recorder:
+    """A channel, and a backend, that note what the executor does."""
+
+    def __init__(self, channel: Any, backend: Any, notes: list[str]) -> None:
+        self._channel, self._backend, self._notes = channel, backend, notes
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("forward", "backward"):
+            self._notes.append("tile")
+        return getattr(self._channel if hasattr(self._channel, name) else self._backend, name)
+
+    def post(self, sends: Any, receives: Any, tag: int) -> Any:
+        self._notes.append(f"post {len(receives)}")
+        return self._channel.post(sends, receives, tag)
+
+
+@pytest.mark.parametrize("name", ["ring", "token_ring", "direct", "ulysses:2", "double_ring:2"])
+def test_receives_of_the_next_step_are_posted_before_tiles(name: str) -> None:
+    """One post a step, and before any of its tiles: what the next step computes with is under way by then."""
+    group, heads = (0, 1, 2, 3), HEADS["mha"]
+    shard = RouteShard(sequence=0, length=64, group=group, schedule=name, schedule_backward=name)
+    key = LayerKey(heads=heads, head_dim=HEAD_DIM, dtype=torch.float32, mask=Mask())
+    network, runs, noted, rounds = VirtualNetwork(3), {}, {}, {}
+    for rank in group:
+        notes = noted[rank] = []
+        runtime = AttentionRuntime(rank, network.channel(rank), CPU, "cpu")
+        recorder: Any = Recorder(runtime.channel, runtime.backend(torch.float32), notes)
+        program = Route(runtime, [shard]).program(key, False)
+        rounds[rank] = program.lowered.rounds
+        tensors = [torch.randn(16, n, HEAD_DIM) for n in (4, 4, 4, 4)] + [torch.empty(16, 4)]
+        views = program.bind(tensors, torch.empty(program.lowered.kept_bytes, dtype=torch.uint8))
+        runs[rank] = Executor(recorder, recorder).run(program, views, SCORING, (0,))
+    drive_together(runs, network, seed=5)
+    for rank, notes in noted.items():
+        expected: list[str] = []
+        for part in rounds[rank]:
+            if part.sends or part.receives:
+                expected.append(f"post {len(part.receives)}")
+            expected += ["tile"] * len(part.calls)
+        assert notes == expected
 
 
 # ---------------------------------------------------------------- auto

@@ -8,11 +8,11 @@ from harness import Ranks
 
 import hdp
 from hdp.attention.lowered import Packet, Ref
-from hdp.parallel.channel import PIECE_BYTES, first_line
+from hdp.parallel.channel import PIECE_BYTES, Ticket, TorchChannel, first_line
 
 
-def packet(peer: int, lane: int, what: str = "k") -> Packet:
-    return Packet(ref=Ref(0, 0, 1), peer=peer, lane=lane, sequence=5, what=what)
+def packet(peer: int, lane: int, what: str = "k", late: bool = False) -> Packet:
+    return Packet(ref=Ref(0, 0, 1), peer=peer, lane=lane, sequence=5, what=what, late=late)
 
 
 def content(sender: int, lane: int, elements: int) -> torch.Tensor:
@@ -48,6 +48,43 @@ def test_all_to_all_over_both_lanes(ranks, elements):
     for same, sent, messages in ranks(3).run(exchange, elements):
         assert same
         assert messages == 2 * 2 * 2 and sent == messages * elements * 4
+
+
+class Coalescing:
+    """A lane that runs grouped calls as NCCL does: one work for all operations of a call."""
+
+    def _get_backend(self, device: torch.device) -> Coalescing:
+        return self
+
+    def name(self) -> str:
+        return "nccl"
+
+
+@pytest.mark.parametrize(
+    ("late", "sends", "waits_for"),
+    [
+        ((False,), True, {"receives": ["r0"], "sends": []}),
+        ((True, False), True, {"receives": ["r0"], "sends": []}),
+        ((True, True), True, {"late": ["r0"], "sends": ["s"]}),
+        ((True,), False, {"late": ["r0"], "sends": []}),
+        ((), True, {"sends": ["s"]}),
+    ],
+)
+def test_one_grouped_call_a_round_and_lane(monkeypatch, late, sends, waits_for):
+    """Whoever waits for an operation waits for its call; what only comes home late holds no receive up."""
+    calls = []
+    monkeypatch.setattr("torch.distributed.P2POp", lambda op, tensor, group, group_peer: (op.__name__, group_peer))
+    monkeypatch.setattr("torch.distributed.batch_isend_irecv", lambda operations: calls.append(operations) or ["work"])
+    channel = TorchChannel(0, [Coalescing(), Coalescing()])  # type: ignore[list-item]
+    assert not channel.can_ask
+    some = torch.zeros(1)
+    out = [(packet(1, lane, "s"), some) for lane in (0, 1) for _ in range(2 * sends)]
+    back = [(packet(2, 1, f"r{i}", is_late), some) for i, is_late in enumerate(late)]
+    ticket: Ticket = channel.post(out, back, tag=1)
+    assert len(calls) == (2 if sends else 1)
+    assert calls[-1] == [("isend", 1)] * 2 * sends + [("irecv", 2)] * len(late)  # one order at both ends: sends first
+    found = {name: [p.what for p, _ in getattr(ticket, name) if p.lane == 1] for name in ("receives", "late", "sends")}
+    assert found == {"receives": [], "late": [], **waits_for}
 
 
 def waits(world: hdp.World) -> tuple[int, bool]:
