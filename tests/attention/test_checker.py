@@ -21,7 +21,7 @@ from hdp.attention.schedules import get_pair, get_schedule
 
 HEADS = HeadCount(query=4, key=2)
 NAMES = (
-    *("ring", "token_ring", "direct", "all_gather", "all_gather:2", "ulysses", "ulysses:2"),
+    *("ring", "token_ring", "direct", "all_gather", "all_gather:2", "ulysses", "ulysses:2", "ulysses_home:2"),
     *("hybrid:2", "double_ring:2"),
 )
 Broken = Callable[[RankProgram], RankProgram]
