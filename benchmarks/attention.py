@@ -129,7 +129,7 @@ def speeds(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], host
             "tokens": tokens,
             "heads": heads,
             "candidates": [f"{kind}:{name}/{name}" for name in schedules for kind in ("hdp", "quiet")],
-            "rounds": 5,
+            "rounds": 3,
             "parts": part,
         }
         for tokens, heads in shapes
