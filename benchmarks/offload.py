@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recompute": {"policy": "recompute", "ratio": 1.0},
     "auto": {"policy": "auto"},
 }
-SHORT = ("r=0", "r=1", "recompute", "auto")
+SHORT = ("r=0", "r=1", "auto")
 """Settings of every round but the first."""
 
 
@@ -279,7 +279,7 @@ def report(args: argparse.Namespace, steps: list[Step], bandwidth: Any) -> dict[
     result["busy_r1"] = relative(steps, longest, "r=1", "busy")
     by_round = {(s.setting, s.round): s.seconds for s in steps if s.tokens == longest}
     result["time_recompute"] = statistics.median(
-        by_round["r=1", n] / by_round["recompute", n] for n in range(args.rounds)
+        by_round["r=1", n] / seconds for (setting, n), seconds in by_round.items() if setting == "recompute"
     )
     result["auto_on_envelope"] = envelope
     result["machine"] = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} compute thread(s)"
