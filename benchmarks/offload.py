@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recompute": {"policy": "recompute", "ratio": 1.0},
     "auto": {"policy": "auto"},
 }
-SHORT = ("r=0", "r=1", "auto")
+SHORT = ("r=0", "r=1")
 """Settings of every round but the first."""
 
 
