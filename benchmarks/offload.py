@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/offload.py --folder /local/scratch [--cluster PATH]
 
-Every setting runs in one process, one after the other, in as many rounds as given (in one where it is not the longest); its
+Every setting runs in one process, one after the other, in as many rounds as given (in one where it is not the shortest); its
 time is the median of its ratios to the ``r=0`` of the same round. Memory is the process's peak resident set during the
 step less what it held before (saved activations, and whatever else a step needs), and, apart from that, the engine's own
 count of saved activations. The disk tier uses O_DIRECT, so that no page cache holds what has left. The head has a small
@@ -41,10 +41,10 @@ from hdp.offload import FileTier, OffloadEngine
 VOCABULARY = 1024
 SETTINGS: dict[str, dict[str, Any]] = {
     "r=0": {"policy": "keep"},
+    "r=1": {"ratio": 1.0},
     "r=0.25": {"ratio": 0.25},
     "r=0.5": {"ratio": 0.5},
     "r=0.75": {"ratio": 0.75},
-    "r=1": {"ratio": 1.0},
     "recompute": {"policy": "recompute", "ratio": 1.0},
     "auto": {"policy": "auto"},
 }
@@ -210,7 +210,7 @@ def on_one_rank(args: argparse.Namespace) -> dict[str, Any]:
             if not engine.profiles:  # `auto` takes its first profile; that of longer steps is scaled from the nearest
                 with turn.alone(), engine.micro_batch(model, tokens=tokens, policy="auto"):
                     model(ids, labels=ids, use_cache=False).loss.backward()
-            for round_ in range(args.rounds if tokens == max(args.tokens) else 1):
+            for round_ in range(args.rounds if tokens == min(args.tokens) else 1):
                 for setting in SETTINGS if round_ == 0 else SHORT:
                     with turn.alone():
                         steps.append(run_step(model, engine, ids, setting, round_))
