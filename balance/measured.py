@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hdp.balance.cost import CostModel
+from hdp.balance.host import NO_HOST_COSTS, HostCosts
 from hdp.balance.plan import PlanError
 from hdp.balance.topology import Link, Topology
 
@@ -70,6 +71,8 @@ class Profile:
     """Bytes per second of an all-gather over all ranks, counted by its result; 0: not measured."""
     reduce_bandwidth: float = 0.0
     """Bytes per second of a reduce-scatter over all ranks, counted by its input; 0: not measured."""
+    host: HostCosts = NO_HOST_COSTS
+    """What each tile and each message of attention costs the host; zeros: not measured."""
 
     def topology(self, *, world_size: int | None = None, ranks_per_node: int | None = None) -> Topology:
         """With the measured links. Where only one kind was measured, it stands for both."""
@@ -101,25 +104,28 @@ class Profile:
                 raise PlanError(f"{path} is a profile of another format: run hdp profile again")
             links = {name: Link(**fields[name]) if fields[name] else None for name in ("intra", "inter")}
             samples = tuple(Sample(**sample) for sample in fields["samples"])
-            return cls(**{**fields, **links, "samples": samples, "cost": CostModel(**fields["cost"])})
+            parts = {"cost": CostModel(**fields["cost"]), "host": HostCosts(**fields.get("host", {}))}
+            return cls(**{**fields, **links, **parts, "samples": samples})
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{str(path)!r} is no profile of hdp profile: {error}") from error
 
 
 def fit(
-    samples: Sequence[Sample], layers: int, head: float
+    samples: Sequence[Sample], layers: int, head: float, piece: float = 0.0
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """(a, b, c) of one layer's forward and backward: seconds per squared token, per token, per micro-batch.
 
     Least squares of relative errors, no term negative. ``head``: seconds per token outside the layers, forward and
-    backward together; one third of it counts as forward.
+    backward together; one third of it counts as forward. ``piece``: seconds of each document in each layer and pass that
+    are counted elsewhere.
     """
     tokens = np.array([s.length * s.documents for s in samples], dtype=np.float64)
+    documents = np.array([s.documents for s in samples], dtype=np.float64)
     squares = np.array([float(s.length) ** 2 * s.documents for s in samples])
     matrix = np.stack([squares, tokens, np.ones(len(samples))], axis=1)
     passes = []
     for part, seconds in ((1 / 3, [s.forward for s in samples]), (2 / 3, [s.backward for s in samples])):
-        layer = (np.array(seconds) - tokens * head * part) / layers
+        layer = (np.array(seconds) - tokens * head * part) / layers - piece * documents
         passes.append(_fit(matrix, np.maximum(layer, 0.02 * np.array(seconds) / layers)))
     return passes[0], passes[1]
 
@@ -136,8 +142,8 @@ def _fit(matrix: NDArray[np.float64], seconds: NDArray[np.float64]) -> tuple[flo
     return best
 
 
-def predicted(cost: CostModel, length: int, documents: int) -> float:
+def predicted(cost: CostModel, length: int, documents: int, piece: float = 0.0) -> float:
     """Seconds of ``documents`` whole documents in one micro-batch on one rank, forward and backward."""
     attention = float(cost.attention_seconds([length])[0]) * (1.0 + cost.backward_quadratic)
     linear = length * (cost.layers * cost.linear + cost.head) * (1.0 + cost.backward_linear)
-    return documents * (attention + linear) + cost.layers * cost.constant
+    return documents * (attention + linear + 2 * cost.layers * piece) + cost.layers * cost.constant

@@ -43,6 +43,8 @@ simulator::Table table(const py::dict& arrays) {
   made.size = number(arrays, "size");
   made.rounds = number(arrays, "rounds");
   made.area = copied<double>(arrays, "area");
+  made.pieces = copied<i64>(arrays, "pieces");
+  made.messages = copied<i64>(arrays, "messages");
   made.send_first = copied<i64>(arrays, "send_first");
   made.from = copied<i64>(arrays, "from");
   made.to = copied<i64>(arrays, "to");
@@ -79,6 +81,7 @@ simulator::Input input(const py::dict& a, const py::list& tables) {
   in.exchanges = size_of(a, "kind");
   in.kind = whole(a, "kind", in.exchanges);
   in.area = whole(a, "area", in.exchanges);
+  in.documents = whole(a, "documents", in.exchanges);
   in.member_first = whole(a, "member_first", in.exchanges + 1);
   in.member_actor = whole(a, "member_actor", in.member_first[in.exchanges]);
   auto unit = py::cast<Reals>(a["unit"]);
@@ -87,6 +90,8 @@ simulator::Input input(const py::dict& a, const py::list& tables) {
   in.latency[0] = number(a, "latency_within");
   in.latency[1] = number(a, "latency_across");
   in.round_ticks = number(a, "round_ticks");
+  in.piece_ticks = number(a, "piece_ticks");
+  in.message_ticks = number(a, "message_ticks");
   in.gather = number(a, "gather");
   in.reduce = number(a, "reduce");
   in.blocking = number(a, "blocking") != 0;

@@ -45,6 +45,7 @@ enum Template : i64 { kRingForward = 0, kRingBackward = 1, kTables = 2 };
 struct Table {
   i64 size = 0, rounds = 0;
   std::vector<double> area;               // [size * rounds] of the whole sequence's
+  std::vector<i64> pieces, messages;      // [size * rounds]: tiles, and tensors sent and received, of one sequence
   std::vector<i64> send_first;            // [size * rounds + 1]
   std::vector<i64> from, to;              // members
   std::vector<double> weight;             // in units of the exchange
@@ -63,11 +64,12 @@ struct Input {
   i64 operations = 0;
   const i64* share_first;                  // [operations + 1]
   const i64 *share_exchange, *share_member;
-  const i64 *kind, *area, *member_first, *member_actor;  // exchanges
+  const i64 *kind, *area, *documents, *member_first, *member_actor;  // exchanges; documents: sequences packed in each
   const double* unit;                      // [exchanges, 2 tiers, 2 kinds of bytes]: ticks of one weight, all layers
   i64 exchanges = 0;
   i64 latency[2] = {0, 0};                 // one hop in all layers
   i64 round_ticks = 0;                     // host time of one round in all layers
+  i64 piece_ticks = 0, message_ticks = 0;  // host time of a tile and of a tensor sent or received, in all layers
   i64 gather = 0, reduce = 0;              // collectives over all layers
   bool collectives_cross = false;          // they occupy the NICs
   bool blocking = false;                   // nothing is computed during a collective
@@ -145,6 +147,7 @@ class Simulator {
   void end_operation(i64 a, i64 now);
 
   i64 tile_ticks(const Actor& actor, i64 share) const;
+  i64 host_ticks(i64 exchange, i64 member, i64 round) const;
   i64 rounds_of(i64 exchange) const;
   template <class Visit> void sends(i64 exchange, i64 member, i64 round, Visit visit) const;
   template <class Visit> void receives(i64 exchange, i64 member, i64 round, Visit visit) const;
@@ -198,6 +201,28 @@ inline Message Simulator::ring_message(i64 x, i64 member, i64 round) const {
   const auto count = [&](i64 from) { return static_cast<double>(std::max(high - std::max(from, low), i64{0})); };
   const double inputs = 0.5 * count(2) + (member > 0 ? 0.5 * count(std::max(member + 1, i64{2})) : 0.0);
   return {member, wrap(member - 1, n), inputs, halves(low, std::min(high, n - 1), member - 1)};
+}
+
+// Host time of one round in all layers: each sequence has tiles and messages of its own, however they are packed. A block of a
+// ring is two tensors, which a member sends and receives: four messages a hop. Backward, steps [0, size - 2) pass on keys
+// and values, steps [1, size) gradients.
+inline i64 Simulator::host_ticks(i64 x, i64 member, i64 round) const {
+  if (in_.piece_ticks == 0 && in_.message_ticks == 0) return 0;
+  i64 pieces, messages;
+  if (in_.kind[x] < kTables) {
+    const i64 n = size_of(x);
+    const Steps steps = steps_of(x, round);
+    const auto inside = [&](i64 from, i64 to) {
+      return std::max(std::min(steps.last, to) - std::max(steps.first, from), i64{0});
+    };
+    pieces = steps.last - steps.first;
+    messages = 4 * (in_.kind[x] == kRingForward ? inside(0, n - 1) : inside(0, n - 2) + inside(1, n));
+  } else {
+    const Table& table = in_.tables[in_.kind[x] - kTables];
+    pieces = table.pieces[member * table.rounds + round];
+    messages = table.messages[member * table.rounds + round];
+  }
+  return in_.documents[x] * (pieces * in_.piece_ticks + messages * in_.message_ticks);
 }
 
 template <class Visit>

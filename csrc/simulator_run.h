@@ -181,16 +181,17 @@ inline void Simulator::begin_round(i64 a, i64 now) {
   actor.state = Actor::kWaiting;
   Waiting& mine = actor.parity[round & 1];
   mine = Waiting{};
-  i64 tiles = 0, steps = 0;
+  i64 tiles = 0, steps = 0, host = 0;
   for (i64 s = in_.share_first[op]; s < in_.share_first[op + 1]; ++s) {
     const i64 x = in_.share_exchange[s], m = in_.share_member[s];
     if (round >= rounds_of(x)) continue;
     tiles += tile_ticks(actor, s);
+    host += host_ticks(x, m, round);
     steps = std::max(steps, steps_of(x, round).last - steps_of(x, round).first);
     sends(x, m, round, [&](const Message&) { ++mine.sends; });
     receives(x, m, round, [&](const Message&) { ++mine.receives; });
   }
-  tiles += steps * piece(in_.round_ticks, actor.layer, in_.layers);
+  tiles += steps * piece(in_.round_ticks, actor.layer, in_.layers) + piece(host, actor.layer, in_.layers);
   out_.busy[a] += tiles;
   actor.round_begin = now;
   actor.computed = now + tiles;

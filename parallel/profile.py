@@ -1,7 +1,8 @@
 """Measures a model on this machine: what a planner's cost model is fitted to.
 
 Every rank runs micro-batches of one length on its own, all ranks at once, so that what they share (memory bandwidth, power,
-cores) is shared as in training; then messages go round rings inside nodes and across them.
+cores) is shared as in training; then messages go round rings inside nodes and across them. What many short sequences cost
+the host is measured in ``profile_host``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from hdp.balance.cost import CostModel
 from hdp.balance.measured import Profile, Sample, fit, predicted
 from hdp.balance.models import ModelShape, model_shape
-from hdp.balance.plan import Plan
 from hdp.balance.topology import Link
-from hdp.parallel.batch import MicroBatchInputs, PlannedBatch, build_inputs
+from hdp.parallel.batch import MicroBatchInputs
 from hdp.parallel.engine import Engine
 from hdp.parallel.loss import loss_sum
+from hdp.parallel.profile_host import host_costs, micro_batch
 from hdp.parallel.world import World
 
 REPEATS = 3
@@ -53,10 +53,11 @@ def profile(
     engine = Engine(model, world)
     shape = model_shape(model.config)
     head = _head_seconds(engine, shape, world)
+    host = host_costs(world, shape, next(model.parameters()).dtype)
     samples = _measure(engine, shape, world, tuple(lengths), budget)
     kept = _kept_bytes(engine, shape, world, min(s.length for s in samples))
-    cost = cost_model(shape, samples, head, kept, _element(model))
-    fitted = tuple(replace(s, fitted=predicted(cost, s.length, s.documents)) for s in samples)
+    cost = cost_model(shape, samples, head, kept, _element(model), host.piece_seconds)
+    fitted = tuple(replace(s, fitted=predicted(cost, s.length, s.documents, host.piece_seconds)) for s in samples)
     local = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world.world_size)
     intra, inter = _links(world, local)
     gather, reduce = _collectives(world)
@@ -73,12 +74,18 @@ def profile(
         overlap=_overlap(world),
         gather_bandwidth=gather,
         reduce_bandwidth=reduce,
+        host=host,
     )
 
 
-def cost_model(shape: ModelShape, samples: Sequence[Sample], head: float, kept: float, element: int) -> CostModel:
-    """The fitted cost model; bytes on links follow from the shape. ``head``: seconds per token, both passes."""
-    (a, b, c), (a_back, b_back, c_back) = fit(samples, shape.layers, head)
+def cost_model(
+    shape: ModelShape, samples: Sequence[Sample], head: float, kept: float, element: int, piece: float = 0.0
+) -> CostModel:
+    """The fitted cost model; bytes on links follow from the shape.
+
+    ``head``: seconds per token, both passes; ``piece``: ``HostCosts.piece_seconds``, which is left out.
+    """
+    (a, b, c), (a_back, b_back, c_back) = fit(samples, shape.layers, head, piece)
     kv = 2 * shape.kv_heads * shape.head_dim
     # A term that one pass lacks (noise, few lengths) is split as usual: backward is twice forward, 2.5 times in attention.
     b, b_back = (b, b_back) if b > 0 else (b_back / 3.0, b_back * 2.0 / 3.0)
@@ -114,28 +121,9 @@ def _device_name(device: torch.device) -> str:
 
 
 def _inputs(world: World, vocabulary: int, length: int, documents: int) -> MicroBatchInputs:
-    lengths = np.full(documents, length, dtype=np.int64)
     generator = torch.Generator().manual_seed(length)
     texts = [torch.randint(0, vocabulary, (length,), generator=generator) for _ in range(documents)]
-    groups = [(world.rank,)] * documents
-    plan = Plan.from_groups(
-        lengths,
-        groups,
-        [0] * documents,
-        world_size=world.world_size,
-        capacity=length * documents,
-        regime="step",
-        planner="profile",
-    )
-    batch = PlannedBatch(
-        step=0,
-        plan=plan,
-        documents=texts,
-        indices=tuple(range(documents)),
-        label_tokens=1,
-        loss_weight=1.0,
-    )
-    return build_inputs(batch, plan.micro_batches(world.rank)[0], world.runtime, world.device, {})
+    return micro_batch(world, texts, (world.rank,))()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from hdp.balance.host import NO_HOST_COSTS, HostCosts
 from hdp.balance.models import ModelShape
 from hdp.balance.plan import PlanError
 from hdp.balance.topology import Topology
@@ -49,6 +50,8 @@ class Cluster:
     """The same of a reduce-scatter."""
     round_seconds: float = 0.0
     """Time of the host for one round of one layer's attention program."""
+    host: HostCosts = NO_HOST_COSTS
+    """What each tile and each message costs the host, as ``hdp profile`` measures it."""
     shape: ModelShape | None = None
     """The model's shape, for schedules other than the ring, whose bytes depend on its heads."""
     element_bytes: int = 2

@@ -181,6 +181,8 @@ def _machine(costs: Costs, cluster: Cluster, layers: int) -> dict[str, Any]:
         "latency_within": costs.latency[0] // stages,
         "latency_across": costs.latency[1] // stages,
         "round_ticks": round(cluster.round_seconds * layers / TICK),
+        "piece_ticks": round(cluster.host.piece_seconds * layers / TICK),
+        "message_ticks": round(cluster.host.message_seconds * layers / TICK),
         "gather": round(cluster.gather_seconds(layers) / TICK),
         "reduce": round(cluster.reduce_seconds(layers) / TICK),
         "blocking": int(cluster.blocking),
@@ -193,7 +195,7 @@ def _op_arrays(batches: MicroBatches, operations: _Operations, cluster: Cluster)
     stages, world = cluster.stages, cluster.topology.world_size
     batch, phase, stage = operations.batch, operations.phase, operations.stage
     dense = _stage_part(batches.linear[phase, batch], stage, stages)
-    dense += np.where(stage == stages - 1, batches.head[phase, batch], 0)
+    dense += np.where(stage == stages - 1, batches.head[phase, batch], 0) + batches.setup[phase, batch]
     neighbour = stage + np.where(phase == 0, -1, 1)
     inside = (neighbour >= 0) & (neighbour < stages)
     after = np.where(inside, operations.number[np.clip(neighbour, 0, stages - 1), phase, batch], -1)
@@ -242,6 +244,7 @@ def _share_arrays(plan: Plan, shared: Exchanges, operations: _Operations, stages
         "share_member": np.tile(member, stages)[order],
         "kind": np.tile(np.array(shared.kind, dtype=np.int64), stages),
         "area": np.tile(area // stages, stages),
+        "documents": np.tile(np.array(shared.documents, dtype=np.int64), stages),
         "member_first": np.append(np.concatenate([first[:-1] + p * first[-1] for p in range(stages)]), last),
         "member_actor": np.concatenate([flat + p * world for p in range(stages)]),
         "unit": np.ascontiguousarray(np.tile(unit / stages, (stages, 1))),

@@ -29,10 +29,12 @@ class MicroBatches:
     head: IntArray
     """The head, on the last stage only."""
     local: IntArray
-    """Attention of whole sequences."""
+    """Attention of whole sequences, and what each of them costs the host."""
     tokens: IntArray
     copy: IntArray
     """[micro-batches]: copies of what is offloaded, one way."""
+    setup: IntArray
+    """Making the programs of attention, on every stage."""
     is_closing: IntArray
     """[micro-batches]: 1 for the dummy in which gradients are reduced."""
 
@@ -43,6 +45,8 @@ class Exchanges:
 
     kind: list[int] = field(default_factory=list)
     area: list[int] = field(default_factory=list)
+    documents: list[int] = field(default_factory=list)
+    """Sequences that an entry stands for: their tiles and messages are counted one by one."""
     unit: list[NDArray[np.float64]] = field(default_factory=list)
     groups: list[IntArray] = field(default_factory=list)
     slot: list[int] = field(default_factory=list)
@@ -90,7 +94,9 @@ def micro_batches(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -
     group = sizes[sequences]
     linear, head = costs.linear[sequences], _head_ticks(cost, costs)[sequences]
     whole = group == 1
-    local = np.stack([total(np.where(whole, costs.attention[phase][sequences], 0)) for phase in (0, 1)])
+    piece = round(cost.layers * cluster.host.piece_seconds / TICK)
+    local = np.stack([total(np.where(whole, costs.attention[phase][sequences] + piece, 0)) for phase in (0, 1)])
+    setup = np.stack([total(_setup_ticks(group, bool(phase), cluster)) for phase in (0, 1)])
     tokens = total(costs.lengths[sequences] // group + (members < costs.lengths[sequences] % group))
     return MicroBatches(
         rank=unique // (slots + 1),
@@ -100,6 +106,7 @@ def micro_batches(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -
         local=local,
         tokens=tokens,
         copy=_copies(plan, cost, unique, slots, tokens),
+        setup=setup,
         is_closing=((unique % (slots + 1) == slots) & closing).astype(np.int64),
     )
 
@@ -107,6 +114,12 @@ def micro_batches(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -
 def _head_ticks(cost: CostModel, costs: Costs) -> IntArray:
     ticks = np.rint(costs.lengths * (cost.head * (1.0 + cost.backward_linear)) / TICK).astype(np.int64)
     return np.minimum(ticks, costs.linear)
+
+
+def _setup_ticks(group: IntArray, backward: bool, cluster: Cluster) -> IntArray:
+    """Ticks of each member of each sequence; ``group``: their ranks. Other schedules count as a ring."""
+    by_size = [cluster.host.setup_seconds(n, backward) for n in range(int(group.max(initial=0)) + 1)]
+    return np.rint(np.array(by_size) / TICK).astype(np.int64)[group]
 
 
 def _passes(ticks: IntArray, cost: CostModel) -> IntArray:
@@ -142,6 +155,7 @@ def exchanges(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -> Ex
             made.groups.append(group)
             made.slot.append(slot)
             made.area.append(int(costs.attention[phase][members].sum()))
+            made.documents.append(len(members))
             is_ring = (backward if phase else forward) == "ring" and plan.layout == "zigzag"
             if is_ring:
                 made.kind.append(RING_BACKWARD if phase else RING_FORWARD)

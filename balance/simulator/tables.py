@@ -37,16 +37,19 @@ def table(
     pair = get_schedule(forward) if forward == backward else get_pair(forward, backward)
     make = pair.backward if is_backward else pair.forward
     mask = Mask()
-    counts = [count(make(place, mask, heads, m), place, mask, heads, m, sizes, is_backward) for m in range(size)]
+    programs = [make(place, mask, heads, m) for m in range(size)]
+    counts = [count(programs[m], place, mask, heads, m, sizes, is_backward) for m in range(size)]
     rounds = max(len(c.steps) for c in counts)
     total = sum(c.area for c in counts)
     area = np.zeros((size, rounds))
+    pieces, tensors = np.zeros((2, size, rounds), dtype=np.int64)
     send_first, messages = [0], []
     for m in range(size):
         steps = counts[m].steps
         for k in range(rounds):
             if k < len(steps):
                 area[m, k] = steps[k].area / total
+                pieces[m, k], tensors[m, k] = len(programs[m].steps[k].tiles), steps[k].messages
                 messages += [(k, m, to, sent / length) for to, sent in sorted(steps[k].sent.items())]
             send_first.append(len(messages))
     by_receiver = sorted(range(len(messages)), key=lambda i: (messages[i][2], messages[i][0], i))
@@ -55,6 +58,8 @@ def table(
         "size": size,
         "rounds": rounds,
         "area": area.ravel(),
+        "pieces": pieces.ravel(),
+        "messages": tensors.ravel(),
         "send_first": np.array(send_first, dtype=np.int64),
         "from": np.array([m[1] for m in messages], dtype=np.int64),
         "to": np.array([m[2] for m in messages], dtype=np.int64),

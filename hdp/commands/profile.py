@@ -155,6 +155,12 @@ def describe(measured: Profile, shape: CostModel) -> str:
     for label, link in (("inside nodes", measured.intra), ("across nodes", measured.inter)):
         if link is not None:
             lines.append(f"link {label}: {link.bandwidth / 1e6:.4g} MB/s a rank, latency {link.latency * 1e6:.3g} us")
+    host = measured.host
+    for label, each, setup in (
+        ("tile", host.piece_seconds, host.piece_setup),
+        ("message", host.message_seconds, host.message_setup),
+    ):
+        lines.append(f"host, each {label}: {1e6 * each:.3g} us a layer, {1e6 * setup:.3g} us a micro-batch")
     if measured.gather_bandwidth:
         rates = f"{measured.gather_bandwidth / 1e6:.4g} MB/s, reduce-scatter {measured.reduce_bandwidth / 1e6:.4g} MB/s"
         lines.append(f"all-gather {rates}")

@@ -135,14 +135,13 @@ def machine_of(arguments: argparse.Namespace) -> tuple[CostModel, Cluster]:
         measured = Profile.read(arguments.profile)
         shape = None
         parameters = float(measured.parameters)
+        fields = {"overlap": measured.overlap, "host": measured.host}
     else:
         shape = model_shape(arguments.model)
         parameters = float(shape.parameters)
     if arguments.sharding != "none":
-        fields = {
-            "parameter_bytes": 2.0 * parameters / arguments.stages,
-            "gradient_bytes": 4.0 * parameters / arguments.stages,
-        }
+        fields["parameter_bytes"] = 2.0 * parameters / arguments.stages
+        fields["gradient_bytes"] = 4.0 * parameters / arguments.stages
     return cost, Cluster(
         topology=topology,
         ranks_per_nic=arguments.ranks_per_nic,

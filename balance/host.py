@@ -1,0 +1,52 @@
+"""What attention programs cost the host besides computing and sending: a fixed time for each call and each message.
+
+A ring of ``n`` ranks computes one tile of each shared sequence in each of its ``n`` steps, in each direction; a whole sequence
+is one tile a direction. Each block that travels is two tensors, keys and values or their gradients, and a member sends and
+receives both: four messages a hop. Forward makes ``n - 1`` hops; backward ``n - 2`` with keys and values and ``n - 1`` with
+their gradients. On GPUs this is microseconds and kernels hide it; on CPUs it is most of what sharing a short sequence costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import isfinite
+
+from hdp.balance.plan import PlanError
+
+
+def ring_messages(size: int, backward: bool) -> int:
+    """Tensors that one member of a ring sends and receives in one pass of one layer, per sequence."""
+    if size < 2:
+        return 0
+    return 4 * ((size - 1) + (size - 2 if backward else 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostCosts:
+    """Seconds of one rank's host. 0: hidden, or not known."""
+
+    piece_seconds: float = 0.0
+    """Of each tile of each sequence, in each layer and direction, beyond what its tokens cost."""
+    message_seconds: float = 0.0
+    """Of each tensor sent or received, in each layer."""
+    piece_setup: float = 0.0
+    """Of each tile, once a micro-batch and direction: programs are made once and serve all layers."""
+    message_setup: float = 0.0
+    """Of each tensor sent or received, once a micro-batch and direction."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not (value >= 0 and isfinite(value)):
+                raise PlanError(f"{field.name} is {value}: give zero or a positive number of seconds")
+
+    def layer_seconds(self, size: int, backward: bool) -> float:
+        """One sequence on a ring of ``size`` ranks (1: a whole sequence), in one layer."""
+        return size * self.piece_seconds + ring_messages(size, backward) * self.message_seconds
+
+    def setup_seconds(self, size: int, backward: bool) -> float:
+        """The same once a micro-batch."""
+        return size * self.piece_setup + ring_messages(size, backward) * self.message_setup
+
+
+NO_HOST_COSTS = HostCosts()
