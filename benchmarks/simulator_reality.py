@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from hdp.balance import PLANNERS, plan
 from hdp.balance.cost import TICK
 from hdp.balance.distributions import draw_lengths
 from hdp.balance.evaluate import evaluate
+from hdp.balance.host import HostCosts
 from hdp.balance.plan import Plan
 from hdp.balance.simulator import Cluster, Simulation, simulate
 from hdp.parallel.batch import PlannedBatch
@@ -40,6 +42,8 @@ BATCHES = {
     "above capacity": [1300, 1200, 1150, 1100],
 }
 DRAWN = ("github", "byted", "lognormal-pareto", "source-tree", "short", "one-giant")
+RESTLESS = 0.15
+"""Spread of measured steps beyond which a case is measured up to three times as often."""
 SCALE = 32
 """A drawn token stands for so many of the distribution's."""
 
@@ -94,7 +98,7 @@ def main() -> None:
             print(
                 f"profile {sample.documents} x {sample.length}: {sample.seconds:.4f} s, fit {100 * sample.error:+.1f} %"
             )
-        print(f"profile {measured.cost}\n{measured.intra} {measured.inter}")
+        print(f"profile {measured.cost}\n{measured.intra} {measured.inter}\n{measured.host}")
         print(f"gather {measured.gather_bandwidth:.4g} B/s, reduce {measured.reduce_bandwidth:.4g} B/s", flush=True)
         if options.profile:
             measured.write(options.profile)
@@ -110,6 +114,7 @@ def main() -> None:
         overlap=measured.overlap,
         gather_bandwidth=bytes_ / gather,
         reduce_bandwidth=bytes_ / reduce,
+        host=measured.host,
     )
     if world.rank == 0:
         print(
@@ -125,9 +130,12 @@ def main() -> None:
             batch = planned(lengths, made, len(cases))
             simulated = simulate(made, measured.cost, cluster)
             predicted = simulated.seconds
+            hostless = simulate(made, measured.cost, replace(cluster, host=HostCosts())).seconds
             plain = evaluate(made, measured.cost, cluster.topology).seconds
             seconds = []
-            for _ in range(options.repeats + 1):
+            while len(seconds) <= options.repeats or (
+                len(seconds) <= 3 * options.repeats and spread(seconds) > RESTLESS
+            ):
                 torch.distributed.barrier(group=world.control)
                 time.sleep(0.05)  # throttled hosts regain their share
                 result = engine.forward_backward(batch)
@@ -135,13 +143,19 @@ def main() -> None:
                 for parameter in engine.parameters():
                     parameter.grad = None
             real, least = statistics.median(seconds[1:]), min(seconds[1:])
-            case = {"batch": name, "planner": planner, "predicted": predicted, "evaluated": plain}
-            cases.append({**case, "measured": real, "least": least})
+            case = {
+                "batch": name,
+                "planner": planner,
+                "predicted": predicted,
+                "evaluated": plain,
+                "seconds": seconds[1:],
+            }
+            cases.append({**case, "hostless": hostless, "measured": real, "least": least})
             if world.rank == 0:
-                spread = (max(seconds[1:]) - least) / real
                 print(
                     f"{name:16} {planner:8} predicted {predicted:.3f} measured {real:.3f} ({predicted / real - 1:+.1%}),"
-                    f" least {least:.3f} ({predicted / least - 1:+.1%}), spread {spread:.0%}, evaluate {plain:.3f}"
+                    f" least {least:.3f} ({predicted / least - 1:+.1%}), spread {spread(seconds):.0%} of {len(seconds) - 1},"
+                    f" without host costs {hostless:.3f}, evaluate {plain:.3f}"
                     f" {made.describe_groups()}",
                     flush=True,
                 )
@@ -154,6 +168,11 @@ def main() -> None:
                 json.dump(cases, file, indent=1)
         print(json.dumps(summary))
     world.close()
+
+
+def spread(seconds: list[float]) -> float:
+    """Of the steps but the first, which warms up: slowest less fastest, over the median."""
+    return (max(seconds[1:]) - min(seconds[1:])) / statistics.median(seconds[1:])
 
 
 def planned(lengths: list[int], made: Plan, step: int) -> PlannedBatch:
