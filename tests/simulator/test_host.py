@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from hdp.balance.host import HostCosts, ring_messages
 from hdp.balance.measured import Profile, fit, predicted
 from hdp.balance.simulator import Cluster, Simulation, simulate
 from hdp.balance.simulator.tables import table
+from hdp.parallel import profile_host
 from hdp.parallel.profile_host import host_costs
 
 HOST = HostCosts(piece_seconds=3e-4, message_seconds=1e-4, piece_setup=2e-3, message_setup=5e-4)
@@ -135,39 +136,44 @@ def test_fit_leaves_tiles_out():
 TILE, TENSOR, PREPARE = 2e-3, 1e-3, 1.5e-3
 
 
-def measured(world: Any, slowed: bool) -> HostCosts:
-    """Of two ranks; ``slowed``: each tile, tensor and input of a sequence takes a known time more."""
-    if slowed:
-        backend, post, lowered = world.runtime.backend(torch.float32), world.channel.post, Route.lowered
+def measured(world: Any) -> HostCosts:
+    """By a clock that only moves where a tile, a tensor or the programs of a sequence are seen to."""
+    clock = [0.0]
+    backend = world.runtime.backend(torch.float32)
 
-        def slow(call: Any, seconds: Any) -> Any:
-            def run(*arguments: Any) -> Any:
-                time.sleep(seconds(*arguments))
-                return call(*arguments)
+    def charged(call: Any, seconds: Any) -> Any:
+        def run(*arguments: Any) -> Any:
+            clock[0] += seconds(*arguments)
+            return call(*arguments)
 
-            return run
+        return run
 
-        backend.forward = slow(backend.forward, lambda *_: TILE)
-        backend.backward = slow(backend.backward, lambda *_: TILE)
-        world.channel.post = slow(post, lambda sends, receives, tag: TENSOR * (len(sends) + len(receives)))
-        Route.lowered = slow(lowered, lambda route, *_: PREPARE * len(route.shards))
-    return host_costs(world, SHAPE, torch.float32)
+    backend.forward = charged(backend.forward, lambda *_: TILE)
+    backend.backward = charged(backend.backward, lambda *_: TILE)
+    tensors = lambda sends, receives, tag: TENSOR * (len(sends) + len(receives))  # noqa: E731
+    world.channel.post = charged(world.channel.post, tensors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Route, "lowered", charged(Route.lowered, lambda route, *_: PREPARE * len(route.shards)))
+        patch.setattr(profile_host, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+        return host_costs(world, SHAPE, torch.float32)
 
 
 def test_profile_finds_what_tiles_and_messages_cost():
-    """Sleeps of known length in the executor, the channel and the lowering come out of the measurement."""
+    """Costs of known size in the executor, the channel and the lowering come out of the measurement."""
     with Ranks(2) as ranks:
-        base = ranks.run(measured, False)
-        found = ranks.run(measured, True)
-    assert base[0] == base[1] and found[0] == found[1]
-    assert found[0].piece_seconds - base[0].piece_seconds == pytest.approx(TILE, rel=0.2)
-    assert found[0].message_seconds - base[0].message_seconds == pytest.approx(TENSOR, rel=0.25)
+        found = ranks.run(measured)
     # One pass of a whole sequence is one tile; a ring of two lowers as often, so nothing is left for messages.
-    assert found[0].piece_setup - base[0].piece_setup == pytest.approx(PREPARE, rel=0.25)
+    expected = HostCosts(piece_seconds=TILE, message_seconds=TENSOR, piece_setup=PREPARE, message_setup=0.0)
+    for costs in found:
+        assert asdict(costs) == pytest.approx(asdict(expected))
+
+
+def on_the_machine(world: Any) -> HostCosts:
+    return host_costs(world, SHAPE, torch.float32)
 
 
 def test_profile_of_one_rank_has_no_messages():
     with Ranks(1) as ranks:
-        found = ranks.run(measured, False)[0]
+        found = ranks.run(on_the_machine)[0]
     assert found.message_seconds == found.message_setup == 0.0
     assert found.piece_setup > 0.0
