@@ -136,7 +136,7 @@ def speeds(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], host
         for part in parts
     ]
     found = iter(cluster.run_all(hosts, None, jobs))
-    tiles, handled, lost = [], [], []
+    tiles, handled, lost, weights = [], [], [], []
     for tokens, heads in shapes:
         seconds = []
         for part in parts:
@@ -144,10 +144,11 @@ def speeds(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], host
             seconds.append(times["quiet:ring/ring"])
             for name in schedules:
                 handled.append(traffic(name, tokens, heads, hosts, part == "backward"))
-                lost.append(max(times[f"hdp:{name}/{name}"] - times[f"quiet:{name}/{name}"], 0.0))
+                lost.append(times[f"hdp:{name}/{name}"] - times[f"quiet:{name}/{name}"])
+                weights.append(1 / times[f"quiet:{name}/{name}"])  # noise grows with what is timed
         tiles.append(seconds)
-    weights = 1 / np.maximum(lost, 1e-3)  # relative errors
-    (byte, message), _ = nnls(np.array(handled) * weights[:, None], np.array(lost) * weights)
+    scale = np.array(weights)
+    (byte, message), _ = nnls(np.array(handled) * scale[:, None], np.array(lost) * scale)
     print(f"{hosts} hosts: communication takes {byte * 1e9:.2f} s a GB, {message * 1e6:.0f} us a message", flush=True)
     return [Speed(*seconds, byte_seconds=byte, message_seconds=message) for seconds in tiles]
 
