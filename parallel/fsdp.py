@@ -37,7 +37,7 @@ class FSDPEngine(Engine):
     def __init__(self, model: nn.Module, world: World, regime: str = "step", *, plain_reductions: bool = False) -> None:
         super().__init__(model, world)
         self.regime = regime
-        self.modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self.modules: list[FSDPModule] = [m for m in model.modules() if isinstance(m, FSDPModule)]
         for module in self.modules:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
