@@ -82,6 +82,7 @@ def train(world: hdp.World, name: str, precision: str) -> Any:
     [("fsdp-step", "own"), ("fsdp-slot", "own"), ("zero3", "own"), ("ddp", "autocast"), ("fsdp-slot", "autocast")],
 )
 def test_small_steps_are_not_lost(ranks, name, precision):
+    hdp.register_attention()  # models are made here, where no world has done it
     before = {key: p.detach() for key, p in make_model().named_parameters()}
     if name == "zero3":  # DeepSpeed rounds the weights before it keeps them in fp32
         before = {key: p.bfloat16().float() for key, p in before.items()}
