@@ -31,10 +31,17 @@ class Draft:
     """Step of its last use."""
     kept_offset: int = -1
     """Bytes from the start of the kept tensor; -1: lies in the arena."""
+    root: int = -1
+    """The buffer (its number among drafts) whose bytes it is a part of; -1: has bytes of its own."""
+    root_offset: int = 0
+    """Bytes from the start of its root."""
 
     @property
     def kept(self) -> bool:
         return self.kept_offset >= 0
+
+    def row_bytes(self, geometry: Geometry) -> int:
+        return self.heads * (geometry.head_dim if self.has_dim else 1) * geometry.bytes_of(self.width)
 
     def bytes(self, geometry: Geometry) -> int:
         return buffer_bytes(geometry, self.rows, self.heads, self.has_dim, self.width)
@@ -55,6 +62,7 @@ def pack_arena(drafts: list[Draft], geometry: Geometry) -> tuple[list[int], int]
         draft, size = drafts[i], drafts[i].bytes(geometry)
         if draft.kept:
             offsets[i] = draft.kept_offset
+        if draft.kept or draft.root >= 0:
             continue
         live = sorted(slot for slot in live if slot[2] >= draft.born)
         position = 0
@@ -65,6 +73,9 @@ def pack_arena(drafts: list[Draft], geometry: Geometry) -> tuple[list[int], int]
         offsets[i] = position
         live.append((position, position + size, draft.died))
         peak = max(peak, position + size)
+    for i, draft in enumerate(drafts):
+        if draft.root >= 0 and not draft.kept:
+            offsets[i] = offsets[draft.root] + draft.root_offset
     return offsets, peak
 
 

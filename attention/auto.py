@@ -32,6 +32,8 @@ class Chooser:
     """What a byte sent or received takes from computation."""
     message_seconds: float = 1e-5
     """Cost of a tensor sent or received on the host."""
+    call_seconds: float = 1e-5
+    """Cost of a kernel call beyond its work."""
     kept_limit: float | None = None
     """Bytes a layer may keep from forward to backward; None: any."""
 
@@ -65,6 +67,7 @@ class Chooser:
                 step_seconds=self.step_seconds,
                 byte_seconds=self.byte_seconds,
                 message_seconds=self.message_seconds,
+                call_seconds=self.call_seconds,
             ),
             mask=mask,
             layout=layout,

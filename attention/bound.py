@@ -110,7 +110,7 @@ class Bound:
         self.sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self.is_backward = lowered.is_backward
         sent = [p.ref.tensor for r in lowered.rounds for p in r.sends if not p.pack]
-        self.sends_delta = any(p.what == "delta" for r in lowered.rounds for p in r.sends)
+        self.sends_delta = any("delta" in p.what for r in lowered.rounds for p in r.sends)
         self.dense = frozenset(lowered.externals[t] for t in sent if t < len(lowered.externals))
         """The caller's tensors that are sent as they lie: they must be dense."""
         self._refs: list[Ref] = []
@@ -154,7 +154,8 @@ class Bound:
         return [None if t is None else _slice(t, ref) for t, ref in zip(found, self._refs, strict=True)]
 
     def _buffer(self, buffer: Buffer, space: Tensor) -> Tensor:
-        dtype = {"model": self.dtype, "sum": self.sum_dtype, "wire": self.wire_dtype}[buffer.width]
+        dtypes = {"model": self.dtype, "sum": self.sum_dtype, "wire": self.wire_dtype, "byte": torch.uint8}
+        dtype = dtypes[buffer.width]
         shape = (buffer.rows, buffer.heads, self.geometry.head_dim) if buffer.has_dim else (buffer.rows, buffer.heads)
         size = dtype.itemsize
         for n in shape:

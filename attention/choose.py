@@ -3,7 +3,7 @@
 Each candidate's programs are walked (``hdp.attention.counts``) for the members at the ends of the group. A step
 takes as long as the longer of its computation and its slowest link, so
 
-    seconds = sum over steps of step_seconds + messages x message_seconds
+    seconds = sum over steps of step_seconds + calls x call_seconds + messages x message_seconds
               + max(area / rate + all bytes x byte_seconds, latency + bytes on the slowest link / its rate),
 
 the slowest member counts, forward and backward apart. Among candidates within 1 % of the cheapest the one that sends least
@@ -77,11 +77,15 @@ class Rates:
     """What a byte sent or received takes from computation: on CPUs the same core does both, on GPUs next to nothing."""
     message_seconds: float = 0.0
     """Fixed cost of each tensor sent or received on the host."""
+    call_seconds: float = 0.0
+    """Fixed cost of each kernel call: how many a step needs depends on where what it reads lies."""
 
     def __post_init__(self) -> None:
-        costs = (self.step_seconds, self.byte_seconds, self.message_seconds)
+        costs = (self.step_seconds, self.byte_seconds, self.message_seconds, self.call_seconds)
         if not (self.forward > 0 and self.backward > 0 and min(costs) >= 0):
-            raise ValueError(f"rates must be positive and the costs of steps, bytes and messages not negative: {self}")
+            raise ValueError(
+                f"rates must be positive and costs of steps, bytes, messages and calls not negative: {self}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +276,8 @@ def _largest(name: str, backward: bool, static: Static) -> tuple[float, float, f
 
 @dataclass(frozen=True, kw_only=True)
 class _Profile:
-    steps: tuple[tuple[tuple[int, int, int, int, int], int], ...]
-    """((area, bytes on the slowest inner link, on the slowest outer link, all bytes, messages), how many such steps)."""
+    steps: tuple[tuple[tuple[int, int, int, int, int, int], int], ...]
+    """((area, bytes on the slowest inner link, on the slowest outer link, all bytes, messages, calls), how many such steps)."""
     sent_bytes: int
     peak_bytes: int
     kept_bytes: int
@@ -295,6 +299,7 @@ def _profile(
             _load(s, kind, nodes, member, is_outer=True),
             sum(s.sent.values()) + sum(s.received.values()),
             s.messages,
+            s.calls,
         )
         for s in counted.steps
     )
@@ -319,13 +324,14 @@ def _seconds(profile: _Profile, case: Case, scale: float, areas: float, backward
     links, rates = case.links, case.rates
     rate = rates.backward if backward else rates.forward
     total = 0.0
-    for (area, inner, outer, handled, messages), times in profile.steps:
+    for (area, inner, outer, handled, messages, calls), times in profile.steps:
         transfer = 0.0
         if inner or outer:
             transfer = links.latency + max(inner * scale / links.inner_rate, outer * scale / links.outer_rate)
         total += times * (
             rates.step_seconds
             + messages * rates.message_seconds
+            + calls * rates.call_seconds
             + max(area * areas / rate + handled * scale * rates.byte_seconds, transfer)
         )
     return total

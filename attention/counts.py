@@ -9,6 +9,10 @@ The figures that the choice by cost, the planner and the simulator use; ``hdp.at
 - a sum for tokens of another member: from its first tile or arrival to the step that sends it;
 - a partial that is merged on arrival: the step in which it arrives.
 
+[Note: calls] What arrived together lies together, and a kernel call reads queries that lie together and keys that lie together.
+So a tile takes a call for each pair of such blocks of which one sees some of the other; lowered programs take as many, or
+a few more where a mask cuts a pair into several rectangles (a window, blocks of several chunks).
+
 What forward keeps for backward is counted apart, and not as a buffer of forward once it is kept: it is in ``kept_bytes``.
 """
 
@@ -20,9 +24,9 @@ from dataclasses import dataclass
 
 from hdp.attention.blocks import HeadBlocks
 from hdp.attention.layout import Layout, Range, Ranges
-from hdp.attention.lowered import COMPONENTS
 from hdp.attention.mask import Mask
-from hdp.attention.program import HeadCount, Kind, RankProgram, Tile
+from hdp.attention.messages import messages
+from hdp.attention.program import HeadCount, Kind, RankProgram, Tile, Transfer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,8 @@ class StepCount:
     """Bytes by source (member)."""
     messages: int
     """Tensors sent and received."""
+    calls: int
+    """Kernel calls, where adjacent ones are not fused. See [Note: calls]."""
     buffer_bytes: int
     """See [Note: buffers]."""
 
@@ -104,6 +110,7 @@ def count(
     """Walks one member's program of one direction."""
     counter = _Counter(layout, heads, member, sizes, program)
     buffers = counter.buffers(program, backward)
+    blocks = _Blocks(layout, mask, heads, program, backward)
     steps = []
     for number, step in enumerate(program.steps):
         sent: dict[int, int] = defaultdict(int)
@@ -116,10 +123,12 @@ def count(
                 area=sum(_area(layout, mask, tile) for tile in step.tiles),
                 sent=dict(sent),
                 received=dict(received),
-                messages=sum(len(COMPONENTS[t.kind]) for t in (*step.sends, *step.receives)),
+                messages=sum(m.tensors for way in (step.sends, step.receives) for m in messages(way, heads)),
+                calls=sum(map(blocks.calls, step.tiles)),
                 buffer_bytes=buffers[number],
             )
         )
+        blocks.arrive(step.receives)
     kept = sum(counter.bytes(v.kind, v.chunks, v.heads) for v in program.keep)
     return Count(steps=tuple(steps), kept_bytes=kept)
 
@@ -127,6 +136,42 @@ def count(
 def _area(layout: Layout, mask: Mask, tile: Tile) -> int:
     pairs = mask.area_of(_joined(layout, tile.queries), _joined(layout, tile.keys))
     return pairs * (tile.heads[1] - tile.heads[0])
+
+
+class _Blocks:
+    """Which chunks came together. See [Note: calls]."""
+
+    def __init__(self, layout: Layout, mask: Mask, heads: HeadCount, program: RankProgram, backward: bool) -> None:
+        self.layout, self.mask, self.group = layout, mask, heads.group
+        self.came: dict[tuple[Kind, int], tuple[int, ...]] = {}
+        if backward:
+            for value in program.keep:
+                self._note(value.kind, value.chunks)
+
+    def arrive(self, transfers: Iterable[Transfer]) -> None:
+        for transfer in transfers:
+            self._note(transfer.kind, transfer.chunks)
+
+    def _note(self, kind: Kind, chunks: tuple[int, ...]) -> None:
+        if not kind.is_accumulator:
+            self.came.update(dict.fromkeys(((kind, c) for c in chunks), chunks))
+
+    def calls(self, tile: Tile) -> int:
+        start, stop = tile.heads
+        cuts = {start, stop, -(-start // self.group) * self.group, stop // self.group * self.group}
+        pieces = sum(start <= cut < stop for cut in cuts)
+        queries, keys = self._spans(Kind.Q, tile.queries), self._spans(Kind.KV, tile.keys)
+        return pieces * sum(self.mask.sees_any(q, k) for q in queries for k in keys)
+
+    def _spans(self, kind: Kind, chunks: Iterable[int]) -> list[Range]:
+        """First and last token, plus one, of each block."""
+        spans: dict[tuple[int, ...], Range] = {}
+        for ranges, came in ((self.layout.chunks[c], self.came.get((kind, c), ())) for c in chunks):
+            low, high = ranges[0][0], ranges[-1][1]
+            if low < high:
+                first, last = spans.get(came, (low, high))
+                spans[came] = min(first, low), max(last, high)
+        return list(spans.values())
 
 
 def _joined(layout: Layout, chunks: Iterable[int]) -> Ranges:

@@ -9,32 +9,20 @@ place. It is made once per micro-batch and layer geometry, in time linear in the
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hdp.attention.arena import buffer_bytes, pack_arena
+from hdp.attention.arena import pack_arena
 from hdp.attention.fillers import local_calls, spread
+from hdp.attention.kept import Kept
 from hdp.attention.layout import Layout
-from hdp.attention.lowered import (
-    COMPONENTS,
-    LAG,
-    Buffer,
-    Call,
-    Copy,
-    Geometry,
-    Lowered,
-    Merge,
-    Packet,
-    Ref,
-    Round,
-    Width,
-)
-from hdp.attention.lowered import wire_width as width_on_wire
+from hdp.attention.lowered import COMPONENTS, LAG, Buffer, Call, Copy, Geometry, Lowered, Merge, Packet, Ref, Round
 from hdp.attention.mask import Mask, decompose
+from hdp.attention.messages import Message, messages
+from hdp.attention.packets import MessageLowering, Party, join_refs
 from hdp.attention.places import Place, Places
-from hdp.attention.program import Heads, Kind, RankProgram, Transfer, Value
-from hdp.attention.tiles import Setting, TileLowering, missing
+from hdp.attention.program import Heads, Kind, RankProgram, Transfer
+from hdp.attention.tiles import Setting, TileLowering
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +57,12 @@ class _Lowering:
         self.tiles = TileLowering(self.places, backward)
         self.settings = [Setting(i, t.sequence, t.member, t.layout, t.mask) for i, t in enumerate(tasks)]
         self.finals: list[Copy] = []
-        self.keeps = [_Keep(task, geometry) for task in tasks]
+        self.keeps = [Kept(task.program, task.layout, geometry) for task in tasks]
+        self.mail = MessageLowering(self.places, backward)
+        self.parties = [
+            Party(i, t.sequence, t.member, t.layout, t.group, kept)
+            for i, (t, kept) in enumerate(zip(tasks, self.keeps, strict=True))
+        ]
         self.kept_bytes = 0
         for keep in self.keeps:
             self.kept_bytes = keep.place_at(self.kept_bytes)
@@ -124,27 +117,27 @@ class _Lowering:
         receives: list[Packet] = []
         merges: list[Merge] = []
         calls: list[Call] = []
-        arrivals: list[tuple[int, Transfer, Place]] = []
+        arrivals: list[tuple[int, Message, list[Packet], list[Place]]] = []
         self.tiles.begin_step()
         active = [(i, t, t.program.steps[step]) for i, t in enumerate(self.tasks) if step < len(t.program.steps)]
         for index, _, part in active:
-            for transfer in part.sends:
-                sends += self._send(index, transfer)
+            for message in self._messages(part.sends):
+                sends += self.mail.send(self.parties[index], message, self.tiles.fills)
         for index, _, part in active:
-            for transfer in part.receives:
-                arrivals.append((index, transfer, self._receive(index, transfer, receives)))
+            for message in self._messages(part.receives):
+                arrivals.append((index, message, *self.mail.receive(self.parties[index], message)))
         for index, task, part in active:
             out = fillers if task.layout.size == 1 else calls
             for tile in part.tiles:
                 out += self.tiles.calls(self.settings[index], tile)
-        for index, transfer, place in arrivals:
-            came = self._arrive(index, transfer, place)
-            if self._is_late(index, transfer, came):
-                receives = [replace(p, late=True) if p.ref.tensor in place.tensors else p for p in receives]
-                came = [replace(merge, late=True) for merge in came]
-                for tensor in place.tensors:
+        for index, message, packets, places in arrivals:
+            came = [self._arrive(index, t, place) for t, place in zip(message.transfers, places, strict=True)]
+            late = all(self._is_late(index, t, some) for t, some in zip(message.transfers, came, strict=True))
+            if late:
+                for tensor in (tensor for place in places for tensor in place.tensors):
                     self.places.touch(tensor, extra=LAG)
-            merges += came
+            receives += [replace(packet, late=late) for packet in packets]
+            merges += [replace(merge, late=late) for some in came for merge in some]
         return Round(
             fills=tuple(self.tiles.fills),
             sends=tuple(sends),
@@ -154,69 +147,14 @@ class _Lowering:
             merges=tuple(merges),
         )
 
+    def _messages(self, transfers: Sequence[Transfer]) -> list[Message]:
+        return messages(transfers, self.geometry.heads, joins=self.geometry.joins)
+
     def _is_late(self, index: int, transfer: Transfer, merges: Sequence[Merge]) -> bool:
         """Whether all that arrived is added to sums that stay here. See [Note: late]."""
         task = self.tasks[index]
         owned = all(task.layout.owners[chunk] == task.member for chunk in transfer.chunks)
         return transfer.kind.is_accumulator and owned and not any(merge.first for merge in merges)
-
-    def _send(self, index: int, transfer: Transfer) -> list[Packet]:
-        task, kind, heads = self.tasks[index], transfer.kind, transfer.heads
-        parts: list[Place] = []
-        for chunk in transfer.chunks:
-            if task.layout.tokens(chunk):
-                parts += self._pieces(index, kind, chunk, heads)
-        if kind.is_accumulator:
-            if any(task.layout.owners[chunk] == task.member for chunk in transfer.chunks):
-                raise ValueError(f"sequence {task.sequence}: member {task.member} sends away its own {kind.name}")
-            for place in parts:  # rows that no tile has reached travel as zeros
-                self.places.claim(
-                    place, place.row, place.row + place.rows, place.heads, self.tiles.fills, fill_all=True
-                )
-        packets = []
-        for number, component in enumerate(COMPONENTS[kind]):
-            width = width_on_wire(kind, component, transfer.final, self.geometry)
-            size = self.geometry.bytes_of(width)
-            as_is = all(self._element_bytes(p.tensors[number], component.width) == size for p in parts)
-            refs = _join([self.places.rows_of(p, number, extra=1) for p in parts])
-            if as_is and len(refs) == 1 and refs[0].heads is None:
-                packets.append(self._packet(task, transfer, refs[0], component.name))
-                continue
-            rows = sum(map(task.layout.tokens, transfer.chunks))
-            staging = self.places.buffer(rows, heads[1] - heads[0], component.has_dim, width, extra=1)
-            pack = _pack(parts, [self.places.rows_of(p, number) for p in parts], staging, heads)
-            packets.append(self._packet(task, transfer, Ref(staging, 0, rows), component.name, pack))
-        if kind.is_accumulator:
-            for chunk in transfer.chunks:
-                self.places.take(index, kind, chunk, heads)
-        return packets
-
-    def _element_bytes(self, tensor: int, default: Width) -> int:
-        index = tensor - len(self.externals)
-        return self.geometry.bytes_of(self.places.drafts[index].width if index >= 0 else default)
-
-    def _pieces(self, index: int, kind: Kind, chunk: int, heads: Heads) -> list[Place]:
-        """Places of all these heads; an error if some are not here."""
-        gaps = self.places.gaps(index, kind, chunk, heads)
-        if gaps:
-            task = self.tasks[index]
-            raise missing(task.sequence, self.places.step, task.member, kind, chunk, gaps[0])
-        return self.places.pieces(index, kind, chunk, heads)
-
-    def _packet(self, task: Task, transfer: Transfer, ref: Ref, name: str, pack: tuple[Copy, ...] = ()) -> Packet:
-        peer = task.group[transfer.peer]
-        return Packet(ref=ref, peer=peer, lane=transfer.lane, sequence=task.sequence, what=name, pack=pack)
-
-    def _receive(self, index: int, transfer: Transfer, receives: list[Packet]) -> Place:
-        task = self.tasks[index]
-        rows = sum(map(task.layout.tokens, transfer.chunks))
-        offset = -1 if self.backward else self.keeps[index].offset_of(transfer)
-        place = self.places.new(
-            transfer.kind, rows, transfer.heads, kept_offset=offset, travels=True, final=transfer.final
-        )
-        for number, component in enumerate(COMPONENTS[transfer.kind]):
-            receives.append(self._packet(task, transfer, self.places.rows_of(place, number), component.name))
-        return place
 
     def _arrive(self, index: int, transfer: Transfer, place: Place) -> list[Merge]:
         merges: list[Merge] = []
@@ -239,7 +177,7 @@ class _Lowering:
             for heads in gaps:  # it goes on from here: the message's own buffer is its place
                 self.places.put(index, kind, chunk, source.narrow(heads))
                 self.places.filled(source.narrow(heads))
-        return merges
+        return _join_merges(merges)
 
     def _merge(self, kind: Kind, source: Place, target: Place) -> Merge:
         first = self.places.claim(target, target.row, target.row + target.rows, target.heads, self.tiles.fills)
@@ -286,7 +224,9 @@ class _Lowering:
             )
             for i, (d, offset) in enumerate(zip(drafts, offsets, strict=True))
         )
-        lse = {self.places.external("lse")} | {first + i for i, d in enumerate(drafts) if not d.has_dim}
+        lse = {self.places.external("lse")} | {
+            first + i for i, d in enumerate(drafts) if not d.has_dim and d.width != "byte"
+        }
         return Lowered(
             externals=self.externals,
             buffers=buffers,
@@ -307,40 +247,21 @@ class _Lowering:
                 yield from self.places.unfilled(index, kind, chunk)
 
 
-class _Keep:
-    """What one sequence keeps from forward to backward, and where: the same bytes in both directions."""
-
-    def __init__(self, task: Task, geometry: Geometry) -> None:
-        self.task, self.geometry = task, geometry
-        self.offsets: list[int] = []
-        self._whole: dict[tuple[Kind, tuple[int, ...], Heads], int] = {}
-        self._parts: dict[tuple[Kind, int], list[tuple[Value, int]]] = defaultdict(list)
-
-    def place_at(self, start: int) -> int:
-        """Lays the kept values out from byte ``start``; returns where they end."""
-        program, layout = self.task.program, self.task.layout
-        messages = {(t.kind, t.chunks, t.heads) for step in program.steps for t in step.receives}
-        for value in program.keep:
-            self.offsets.append(start)
-            if (value.kind, value.chunks, value.heads) in messages:
-                self._whole[value.kind, value.chunks, value.heads] = start
-            else:
-                for chunk in value.chunks:
-                    self._parts[value.kind, chunk].append((value, start))
-            rows = sum(map(layout.tokens, value.chunks))
-            for component in COMPONENTS[value.kind]:
-                width = width_on_wire(value.kind, component, False, self.geometry)
-                heads = value.heads[1] - value.heads[0]
-                start += buffer_bytes(self.geometry, rows, heads, component.has_dim, width)
-        return start
-
-    def offset_of(self, transfer: Transfer) -> int:
-        """Where a message that is kept whole is received; -1 if it is not."""
-        return self._whole.get((transfer.kind, transfer.chunks, transfer.heads), -1)
-
-    def parts(self, kind: Kind, chunk: int) -> Iterable[tuple[Value, int]]:
-        """Values that this chunk is a part of, to be copied."""
-        return self._parts.get((kind, chunk), ())
+def _join_merges(merges: Iterable[Merge]) -> list[Merge]:
+    """One merge for rows that lie together on both sides: chunks of one message, mostly."""
+    joined: list[Merge] = []
+    for merge in merges:
+        last = joined[-1] if joined else None
+        if last is not None and (last.kind, last.first) == (merge.kind, merge.first):
+            pairs = zip((*last.source, *last.target), (*merge.source, *merge.target), strict=True)
+            refs = [join_refs(pair) for pair in pairs]
+            if all(len(both) == 1 for both in refs):
+                parts = len(merge.source)
+                source, target = (tuple(r[0] for r in some) for some in (refs[:parts], refs[parts:]))
+                joined[-1] = replace(last, source=source, target=target)
+                continue
+        joined.append(merge)
+    return joined
 
 
 def _is_one_call(task: Task) -> bool:
@@ -349,25 +270,3 @@ def _is_one_call(task: Task) -> bool:
         return False
     whole = ((0, task.layout.length),)
     return len(decompose(task.mask, whole, whole)) == 1
-
-
-def _pack(parts: Sequence[Place], sources: Sequence[Ref], staging: int, heads: Heads) -> tuple[Copy, ...]:
-    """Copies into a message: rows of one chunk after the other, each piece into its heads."""
-    copies, row = [], 0
-    for place, source in zip(parts, sources, strict=True):
-        columns = None if place.heads == heads else (place.heads[0] - heads[0], place.heads[1] - heads[0])
-        copies.append((source, Ref(staging, row, row + place.rows, columns)))
-        if place.heads[1] == heads[1]:  # the last piece of its chunk
-            row += place.rows
-    return tuple(copies)
-
-
-def _join(pieces: list[Ref]) -> list[Ref]:
-    joined: list[Ref] = []
-    for piece in pieces:
-        last = joined[-1] if joined else None
-        if last is not None and last.tensor == piece.tensor and last.stop == piece.start and last.heads == piece.heads:
-            joined[-1] = Ref(last.tensor, last.start, piece.stop, last.heads)
-        else:
-            joined.append(piece)
-    return joined

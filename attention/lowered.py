@@ -12,8 +12,8 @@ from typing import Literal
 from hdp.attention.mask import Shape
 from hdp.attention.program import HeadCount, Heads, Kind
 
-Width = Literal["model", "sum", "wire"]
-"""Which dtype a tensor has: the model's, the accumulators', or the one in which inputs travel."""
+Width = Literal["model", "sum", "wire", "byte"]
+"""Which dtype a tensor has: the model's, the accumulators', the one in which inputs travel; or bytes of several tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +39,17 @@ class Geometry:
         """Whether q, k, v travel in another dtype than the model's."""
         return self.wire_bytes is not None and self.wire_bytes != self.model_bytes
 
+    @property
+    def joins(self) -> bool:
+        """Whether an lse behind rows of any tensor begins at a multiple of its own size, so that both can be one message."""
+        return all(
+            self.head_dim * n % self.sum_bytes == 0 for n in (self.model_bytes, self.wire_bytes or self.model_bytes)
+        )
+
     def bytes_of(self, width: Width) -> int:
         """Bytes of an element."""
+        if width == "byte":
+            return 1
         if width == "wire" and self.wire_bytes is not None:
             return self.wire_bytes
         return self.sum_bytes if width == "sum" else self.model_bytes
@@ -129,7 +138,7 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Packet:
-    """One message of one component."""
+    """One message: one component, or several that lie one after the other (``hdp.attention.messages``)."""
 
     ref: Ref
     peer: int

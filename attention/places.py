@@ -7,11 +7,12 @@ A value of one chunk may lie in pieces, some heads here and some there (Ulysses 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from hdp.attention.arena import Draft, Filled
 from hdp.attention.lowered import COMPONENTS, Geometry, Ref, Width, wire_width
+from hdp.attention.messages import arrange, goes_joined
 from hdp.attention.program import Heads, Kind
 
 
@@ -61,24 +62,62 @@ class Places:
         self.drafts.append(Draft(rows, heads, has_dim, width, self.step, self.step + extra, kept_offset))
         return len(self.externals) + len(self.drafts) - 1
 
+    def part(self, root: int, offset: int, rows: int, heads: int, has_dim: bool, width: Width) -> int:
+        """A tensor in the bytes of another one, ``offset`` bytes behind its start; lives as long as that."""
+        index = root - len(self.externals)
+        whole = self.drafts[index]
+        kept = whole.kept_offset + offset if whole.kept else -1
+        self.drafts.append(Draft(rows, heads, has_dim, width, whole.born, whole.died, kept, index, offset))
+        return len(self.externals) + len(self.drafts) - 1
+
+    def joint(
+        self,
+        parts: Sequence[tuple[Kind, int, Heads, bool]],
+        *,
+        kept_offset: int = -1,
+        travels: bool = True,
+        extra: int = 0,
+        apart: bool = False,
+    ) -> tuple[int, list[Place]]:
+        """Room for some values (kind, rows, heads, complete) one after the other: the tensor of all bytes, the places.
+
+        ``apart``: a buffer for each component instead, unless they lie in what is kept; the tensor is that of the last.
+        """
+        starts, _, size = arrange(
+            [(k, rows, h[1] - h[0], f) for k, rows, h, f in parts], self.geometry, travels=travels
+        )
+        together = not apart and sum(map(len, starts)) > 1
+        root = self.buffer(size, 1, False, "byte", kept_offset, extra) if together else -1
+        places = []
+        for (kind, rows, heads, final), begins in zip(parts, starts, strict=True):
+            count, tensors = heads[1] - heads[0], []
+            for component, begin in zip(COMPONENTS[kind], begins, strict=True):
+                width = wire_width(kind, component, final, self.geometry) if travels else component.width
+                if together:
+                    tensors.append(self.part(root, begin, rows, count, component.has_dim, width))
+                    continue
+                own = kept_offset + begin if kept_offset >= 0 else -1
+                root = self.buffer(rows, count, component.has_dim, width, own, extra)
+                tensors.append(root)
+            is_wire = travels and kind in (Kind.Q, Kind.KV) and self.geometry.casts_inputs
+            places.append(Place(tuple(tensors), 0, rows, heads, heads[0], count, is_wire))
+        return root, places
+
     def new(
         self, kind: Kind, rows: int, heads: Heads, *, kept_offset: int = -1, travels: bool = False, final: bool = False
     ) -> Place:
         """Room for a value. ``travels``: in the dtypes of a message."""
-        tensors, count = [], heads[1] - heads[0]
-        for component in COMPONENTS[kind]:
-            width = wire_width(kind, component, final, self.geometry) if travels else component.width
-            tensors.append(self.buffer(rows, count, component.has_dim, width, kept_offset))
-            if kept_offset >= 0:
-                kept_offset += self.drafts[-1].bytes(self.geometry)
-        is_wire = travels and kind in (Kind.Q, Kind.KV) and self.geometry.casts_inputs
-        return Place(tuple(tensors), 0, rows, heads, heads[0], count, is_wire)
+        apart = not goes_joined(kind, heads, self.geometry.heads)
+        return self.joint([(kind, rows, heads, final)], kept_offset=kept_offset, travels=travels, apart=apart)[1][0]
 
     def touch(self, tensor: int, extra: int = 0) -> None:
         """Keeps a buffer alive to this step, and ``extra`` more."""
         index = tensor - len(self.externals)
-        if index >= 0:
-            self.drafts[index].died = max(self.drafts[index].died, self.step + extra)
+        if index < 0:
+            return
+        root = self.drafts[index].root
+        draft = self.drafts[root if root >= 0 else index]
+        draft.died = max(draft.died, self.step + extra)
 
     def ref(self, place: Place, component: int, start: int, stop: int, heads: Heads, extra: int = 0) -> Ref:
         """Rows [start, stop) of the place's tensor, and the layer's heads ``heads``."""

@@ -57,12 +57,21 @@ class TileLowering:
         for chunks, heads, used in ((tile.queries, tile.heads, kinds[0]), (tile.keys, key_heads, kinds[1])):
             for kind in (k for k in used if k.is_accumulator):
                 absent: dict[Heads, list[tuple[int, int]]] = {}
-                for chunk in chunks:
+                for chunk in self._as_they_lie(setting, used[0], chunks, heads):
                     for gap in self.places.gaps(setting.task, kind, chunk, heads):
                         absent.setdefault(gap, []).append((chunk, setting.layout.tokens(chunk)))
                 for gap, some in absent.items():
                     place = self.places.new(kind, sum(tokens for _, tokens in some), gap)
                     self.places.spread(setting.task, kind, some, place)
+
+    def _as_they_lie(self, setting: Setting, kind: Kind, chunks: tuple[int, ...], heads: Heads) -> list[int]:
+        """Chunks in the order of their inputs, so that sums lie like them and a call can span several chunks."""
+
+        def place(chunk: int) -> tuple[int, int]:
+            pieces = self.places.pieces(setting.task, kind, chunk, heads)
+            return (pieces[0].tensors[0], pieces[0].row) if pieces else (-1, 0)
+
+        return sorted(chunks, key=place)
 
     def _kinds(self) -> tuple[tuple[Kind, ...], tuple[Kind, ...]]:
         return BACKWARD_KINDS if self.backward else FORWARD_KINDS
@@ -84,18 +93,23 @@ class TileLowering:
         return list(itertools.pairwise(sorted(c for c in cuts if start <= c <= stop)))
 
     def _runs(self, setting: Setting, chunks: tuple[int, ...], heads: Heads, is_query: bool) -> list[_Run]:
-        """Groups of chunks that lie one after the other in every tensor that a call touches."""
+        """Groups of chunks that lie one after the other in every tensor that a call touches, whatever lies between them in
+        the sequence: a zigzag's two chunks of one member came in one message."""
         kinds = self._kinds()[0 if is_query else 1]
         runs: list[_Run] = []
+        ends: dict[tuple[tuple[int, ...], ...], _Run] = {}  # by the row behind it in every tensor
         for chunk in chunks:
             ranges = tuple(r for r in setting.layout.chunks[chunk] if r[0] < r[1])
             if not ranges:
                 continue
             places = tuple(self._need(setting, kind, chunk, heads) for kind in kinds)
-            if runs and runs[-1].extends(places, ranges):
-                runs[-1].extend(places, ranges)
+            run = ends.pop(tuple((*p.tensors, p.row, p.base) for p in places), None)
+            if run is None:
+                run = _Run(kinds, places, ranges)
+                runs.append(run)
             else:
-                runs.append(_Run(kinds, places, ranges))
+                run.extend(ranges)
+            ends[tuple((*p.tensors, p.row + p.rows, p.base) for p in places)] = run
         return runs
 
     def _need(self, setting: Setting, kind: Kind, chunk: int, heads: Heads) -> Place:
@@ -147,20 +161,12 @@ class TileLowering:
 
 
 class _Run:
-    """Chunks that lie together: the place of the first in each kind's tensors, and all their token ranges."""
+    """Chunks that lie together: the place of the first in each kind's tensors, and all their token ranges, ascending."""
 
     def __init__(self, kinds: tuple[Kind, ...], places: tuple[Place, ...], ranges: Ranges) -> None:
-        self.kinds, self.first, self.last, self.ranges = kinds, places, places, ranges
+        self.kinds, self.first, self.ranges = kinds, places, ranges
 
-    def extends(self, places: tuple[Place, ...], ranges: Ranges) -> bool:
-        follows = all(
-            a.tensors == b.tensors and a.row + a.rows == b.row and a.base == b.base
-            for a, b in zip(self.last, places, strict=True)
-        )
-        return follows and self.ranges[-1][1] <= ranges[0][0]
-
-    def extend(self, places: tuple[Place, ...], ranges: Ranges) -> None:
-        self.last = places
+    def extend(self, ranges: Ranges) -> None:
         if self.ranges[-1][1] == ranges[0][0]:
             joined = (self.ranges[-1][0], ranges[0][1])
             self.ranges = (*self.ranges[:-1], joined, *ranges[1:])

@@ -16,7 +16,7 @@ smallest and largest in brackets.
 - ``cpu_ratio_4``: CPU seconds a rank, 8K tokens, over a quarter of one rank's dense SDPA.
 - ``tokenring_mesh``: ring over TokenRing, forward, MHA, a link for each pair, ratio 4; ``ring_mesh_gqa``: TokenRing over
   ring, GQA 4:1; ``auto_mesh``: whether ``auto`` picks the winner of both.
-- ``bytes_equal``: whether every rank sent what the closed form says.
+- ``bytes_equal``: whether every rank sent what the closed forms say: the ring above, all pairs of the grid with 8:8 heads.
 - ``auto_worst``: how much slower the choice of ``auto`` is than the best fixed pair, the largest over a grid of 24 cases.
 
 PATH is a program that starts one process per host with limited links: ``PATH -n RANKS -r RATE [-p] -c CPU_PERCENT -- COMMAND``.
@@ -31,6 +31,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ class Cluster:
 
     path: str
     lock: str | None
+    overheads: Overheads | None = None
+    """Known once they have been measured."""
 
     def run(self, hosts: int, rate: float | None, mesh: bool = False, **job: Any) -> dict:
         """What rank 0 found for one job. ``rate`` in bytes a second, None: unlimited."""
@@ -80,26 +83,36 @@ class Cluster:
         return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-@dataclass
-class Speed:
-    """One host's tiles without communication, and what communication takes from it on links that do not limit."""
+@dataclass(frozen=True)
+class Overheads:
+    """What a host spends beside the tiles' own work, on links that do not limit."""
 
-    forward: float
-    """Seconds."""
-    backward: float
     byte_seconds: float
     """A byte sent or received."""
     message_seconds: float
     """A tensor sent or received."""
+    call_seconds: float
+    """A kernel call."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One host's share of a ring's tiles without communication."""
+
+    forward: float
+    """Seconds."""
+    backward: float
+    overheads: Overheads
 
     def rates(self, tokens: int, heads: int, hosts: int) -> Rates:
-        area = tokens * (tokens + 1) / 2 * heads / hosts
+        area, calls = tokens * (tokens + 1) / 2 * heads / hosts, hosts * self.overheads.call_seconds
         return Rates(
-            forward=area / self.forward,
-            backward=area / self.backward,
+            forward=area / (self.forward - calls),
+            backward=area / (self.backward - calls),
             step_seconds=1e-3,
-            byte_seconds=self.byte_seconds,
-            message_seconds=self.message_seconds,
+            byte_seconds=self.overheads.byte_seconds,
+            message_seconds=self.overheads.message_seconds,
+            call_seconds=self.overheads.call_seconds,
         )
 
 
@@ -118,49 +131,86 @@ def sent(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: b
     ]
 
 
-def speeds(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], hosts: int) -> list[Speed]:
-    """Of each (tokens, heads), measured with links that do not limit.
+def is_as_said(candidate: str, tokens: int, heads: tuple[int, int], hosts: int, rows: Sequence[Sequence[int]]) -> bool:
+    """Whether every rank sent in every round (``rows``) what the closed forms of its two schedules say."""
+    forward, backward = candidate.removeprefix("hdp:").split("/")
+    both = sent(forward, tokens, heads, hosts, False), sent(backward, tokens, heads, hosts, True)
+    return all(row == [sum(pair) for pair in zip(*both, strict=True)] for row in rows)
 
-    What communication takes is fitted to bytes and messages of two schedules, one with few large messages and one with many.
-    """
-    schedules, parts = ("ring", "ulysses:2"), ("forward", "backward")
+
+PARTS = ("forward", "backward")
+TILES = "quiet:ring/ring"
+
+
+def speeds(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], hosts: int) -> list[Speed]:
+    """Of each (tokens, heads)."""
+    jobs = [
+        {"tokens": tokens, "heads": heads, "candidates": [TILES], "rounds": 3, "parts": part}
+        for tokens, heads in shapes
+        for part in PARTS
+    ]
+    seconds = [statistics.median(found[TILES]["seconds"]) for found in cluster.run_all(hosts, None, jobs)]
+    return [Speed(*pair, overheads=overheads(cluster)) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
+
+
+def overheads(cluster: Cluster) -> Overheads:
+    """Fitted, once, to bytes, messages and calls of two schedules: one with few large ones, and one with many small ones."""
+    if cluster.overheads is None:
+        cluster.overheads = _fit(
+            cluster, ("ring", "ulysses:2"), [(2048, (8, 8)), (4096, (8, 8)), (4096, (8, 2))], hosts=4
+        )
+        found = cluster.overheads
+        print(
+            f"communication takes {found.byte_seconds * 1e9:.2f} s a GB, {found.message_seconds * 1e6:.0f} us a message;"
+            f" a kernel call {found.call_seconds * 1e6:.0f} us",
+            flush=True,
+        )
+    return cluster.overheads
+
+
+def _fit(
+    cluster: Cluster, schedules: tuple[str, str], shapes: Sequence[tuple[int, tuple[int, int]]], hosts: int
+) -> Overheads:
     jobs = [
         {
             "tokens": tokens,
             "heads": heads,
             "candidates": [f"{kind}:{name}/{name}" for name in schedules for kind in ("hdp", "quiet")],
-            "rounds": 3,
+            "rounds": 5,
             "parts": part,
         }
         for tokens, heads in shapes
-        for part in parts
+        for part in PARTS
     ]
-    found = iter(cluster.run_all(hosts, None, jobs))
-    tiles, handled, lost, weights = [], [], [], []
-    for tokens, heads in shapes:
-        seconds = []
-        for part in parts:
-            times = {name: statistics.median(t["seconds"]) for name, t in next(found).items()}
-            seconds.append(times["quiet:ring/ring"])
-            for name in schedules:
-                handled.append(traffic(name, tokens, heads, hosts, part == "backward"))
-                lost.append(times[f"hdp:{name}/{name}"] - times[f"quiet:{name}/{name}"])
-                weights.append(1 / times[f"quiet:{name}/{name}"])  # noise grows with what is timed
-        tiles.append(seconds)
-    scale = np.array(weights)
-    (byte, message), _ = nnls(np.array(handled) * scale[:, None], np.array(lost) * scale)
-    print(f"{hosts} hosts: communication takes {byte * 1e9:.2f} s a GB, {message * 1e6:.0f} us a message", flush=True)
-    return [Speed(*seconds, byte_seconds=byte, message_seconds=message) for seconds in tiles]
+    handled, lost, more, longer = [], [], [], []
+    for job, found in zip(jobs, cluster.run_all(hosts, None, jobs), strict=True):
+        times = {name: statistics.median(t["seconds"]) for name, t in found.items()}
+        called, tiles = [], [times[f"quiet:{name}/{name}"] for name in schedules]
+        for name, alone in zip(schedules, tiles, strict=True):
+            *carried, calls = traffic(name, job["tokens"], job["heads"], hosts, job["parts"] == "backward")
+            called.append(calls)
+            handled.append(np.array(carried) / alone)  # noise grows with what is timed
+            lost.append(times[f"hdp:{name}/{name}"] / alone - 1)
+        more.append((called[1] - called[0]) / tiles[0])
+        longer.append(tiles[1] / tiles[0] - 1)
+    (byte, message), _ = nnls(np.array(handled), np.array(lost))
+    call = max(float(np.dot(more, longer) / np.dot(more, more)), 0.0)
+    return Overheads(byte_seconds=byte, message_seconds=message, call_seconds=call)
 
 
-def traffic(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: bool) -> tuple[int, int]:
-    """Bytes and messages, sent and received, of the member that has most."""
+def traffic(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: bool) -> tuple[int, int, int]:
+    """Bytes and messages, sent and received, and kernel calls of the member that has most."""
     layout, count_ = make_layout("zigzag", tokens, hosts), HeadCount(query=heads[0], key=heads[1])
-    schedule, most = get_schedule(name), (0, 0)
+    schedule, most = get_schedule(name), (0, 0, 0)
     for member in range(hosts):
         program = (schedule.backward if backward else schedule.forward)(layout, Mask(), count_, member)
         counted = count(program, layout, Mask(), count_, member, SIZES, backward)
-        most = max(most, (counted.sent_bytes + counted.received_bytes, sum(s.messages for s in counted.steps)))
+        found = (
+            counted.sent_bytes + counted.received_bytes,
+            sum(s.messages for s in counted.steps),
+            sum(s.calls for s in counted.steps),
+        )
+        most = max(most, found)
     return most
 
 
@@ -188,27 +238,27 @@ def chosen(tokens: int, heads: tuple[int, int], hosts: int, kind: str, rate: flo
 
 
 def exposed(cluster: Cluster) -> dict[str, float]:
-    tokens, heads, hosts = 16384, (4, 4), 4
-    measured = speed(cluster, tokens, heads, hosts)
-    print(f"tiles of {tokens} tokens, {heads[0]} heads, on {hosts} hosts: {measured.forward:.2f} s forward")
-    print(f"and {measured.backward:.2f} s backward")
-    found: dict[str, float] = {}
+    tokens, heads, hosts = 12288, (4, 4), 4
+    pair = ["hdp:ring/ring", TILES]
+    (tiles,) = cluster.run_all(
+        hosts, None, [{"tokens": tokens, "heads": heads, "candidates": [TILES], "rounds": 3, "parts": "forward"}]
+    )
+    forward = statistics.median(tiles[TILES]["seconds"])
+    print(f"tiles of {tokens} tokens, {heads[0]} heads, on {hosts} hosts: {forward:.2f} s forward")
+    found: dict[str, float] = {"bytes_equal": 1}
     for label, ratio in (("half", 0.5), ("equal", 1.0)):
-        rate = rate_for(ratio, tokens, heads, hosts, measured.forward)
-        for name, local in (("exposed", []), ("mixed", [4096, 4096])):
-            pair = ["hdp:ring/ring", "quiet:ring/ring"]
-            times = cluster.run(hosts, rate, tokens=tokens, heads=heads, candidates=pair, rounds=4, local=local)
+        rate = rate_for(ratio, tokens, heads, hosts, forward)
+        cases = {"exposed": [], "mixed": [3072, 3072]}
+        jobs = [
+            {"tokens": tokens, "heads": heads, "candidates": pair, "rounds": 4, "local": local}
+            for local in cases.values()
+        ]
+        for name, times in zip(cases, cluster.run_all(hosts, rate, jobs), strict=True):
             a, b = (times[c]["seconds"] for c in pair)
             shares = [x / y - 1 for x, y in zip(a, b, strict=True)]
             found[f"{name}_{label}"] = statistics.median(shares)
             print(f"{name}, ratio {ratio}: step {spread(a)} s, tiles alone {spread(b)} s, exposed {spread(shares)}")
-            if not local:
-                expected = [
-                    sum(pair)
-                    for pair in zip(*(sent("ring", tokens, heads, hosts, b) for b in (False, True)), strict=True)
-                ]
-                equal = all(row == expected for row in times[pair[0]]["sent"])
-                found["bytes_equal"] = min(found.get("bytes_equal", 1), int(equal))
+            found["bytes_equal"] &= is_as_said(pair[0], tokens, heads, hosts, times[pair[0]]["sent"])
     return found
 
 
@@ -292,8 +342,12 @@ def main() -> None:
     cluster = Cluster(arguments.cluster, arguments.lock)
     figures: dict[str, float] = {}
     for name in arguments.only.split(","):
+        begin = time.perf_counter()
         print(f"== {name}", flush=True)
-        figures |= PIECES[name](cluster)
+        found = PIECES[name](cluster)
+        equal = [f["bytes_equal"] for f in (figures, found) if "bytes_equal" in f]
+        figures |= found | ({"bytes_equal": min(equal)} if equal else {})
+        print(f"-- {time.perf_counter() - begin:.0f} s", flush=True)
     print(json.dumps({name: round(value, 4) for name, value in figures.items()}))
 
 
