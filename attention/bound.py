@@ -115,6 +115,7 @@ class Bound:
         """The caller's tensors that are sent as they lie: they must be dense."""
         self._refs: list[Ref] = []
         self._slots: dict[Ref, Slot] = {}
+        self._cuts: dict[tuple[int, ...], Tensor] = {}
         self._device = workspace.storage.device
         self.rounds = tuple(
             BoundRound(
@@ -184,11 +185,13 @@ class Bound:
             cuts=None if call.cuts is None else self._cut(*call.cuts),
         )
 
-    def _cut(self, rows: Sequence[int], keys: Sequence[int]) -> Cuts:
-        """``cu_seqlens`` of a fused call."""
+    def _cut(self, rows: tuple[int, ...], keys: tuple[int, ...]) -> Cuts:
+        """``cu_seqlens`` of a call; one tensor for all calls that are cut alike."""
+        for cuts in (rows, keys):
+            if cuts not in self._cuts:
+                self._cuts[cuts] = torch.tensor(cuts, dtype=torch.int32, device=self._device)
         longest = [max(b - a for a, b in pairwise(c)) for c in (rows, keys)]
-        tensors = [torch.tensor(c, dtype=torch.int32, device=self._device) for c in (rows, keys)]
-        return tensors[0], tensors[1], longest[0], longest[1]
+        return self._cuts[rows], self._cuts[keys], longest[0], longest[1]
 
     def _merge(self, merge: Merge) -> BoundMerge:
         source, target = (tuple(map(self._slot, refs)) for refs in (merge.source, merge.target))

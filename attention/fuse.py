@@ -3,6 +3,9 @@
 Calls of one round, or local calls, that follow each other are one call if they have the same shape and flags and begin, in
 every tensor that they touch, where the one before ends: whole packed documents, and the same step of several shared
 sequences. Nothing is copied, and nothing changes in the results: a rectangle never sees another.
+
+Calls that stay alone say where they begin and end, too: such kernels want it in tensors, which are then made once for a
+program and not, with a copy to the device, for every call of every layer.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ def _fused(calls: Sequence[Call]) -> list[Call]:
         if done and _follows(done[-1], call):
             done[-1] = _join(done[-1], call)
         else:
-            done.append(call)
+            done.append(replace(call, cuts=(_ends(call.inputs[0]), _ends(call.inputs[1]))))
     return done
 
 
@@ -52,7 +55,8 @@ def _join(a: Call, b: Call) -> Call:
     def joined(x: Sequence[Ref], y: Sequence[Ref]) -> tuple[Ref, ...]:
         return tuple(Ref(p.tensor, p.start, q.stop, p.heads) for p, q in zip(x, y, strict=True))
 
-    rows, keys = a.cuts or (_ends(a.inputs[0]), _ends(a.inputs[1]))
+    assert a.cuts is not None
+    rows, keys = a.cuts
     cuts = ((*rows, rows[-1] + _rows(b.inputs[0])), (*keys, keys[-1] + _rows(b.inputs[1])))
     sums = joined(a.sums, b.sums)
     return replace(a, inputs=joined(a.inputs, b.inputs), sums=sums, cost=a.cost + b.cost, cuts=cuts)

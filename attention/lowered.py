@@ -133,7 +133,7 @@ class Call:
     cost: int = 0
     """Query-key pairs times heads."""
     cuts: tuple[tuple[int, ...], tuple[int, ...]] | None = None
-    """Fused rectangles: where each begins and the last ends, in rows and in keys; None: one rectangle."""
+    """Where each rectangle begins and the last ends, in rows and in keys; None: one rectangle (``hdp.attention.fuse``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

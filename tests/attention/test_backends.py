@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -291,6 +292,28 @@ def test_fused_calls_change_nothing() -> None:
     data = make_data([s.length for s in sequences], heads, 16, Mask(), scoring, torch.float64, seed=1)
     result = attend_together(sequences, data, Mask(), scoring, torch.float64, backend="reference")  # fuses
     assert max(result.errors(data).values()) < 1e-12
+
+
+def test_every_call_of_a_gpu_program_knows_where_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of lengths are made with the program, one for all that are alike, not at every call of every layer."""
+    backend = resolve_backend("reference", torch.device("cpu"), torch.float64)
+    given = []
+    for name in ("forward", "backward"):
+        method = getattr(type(backend), name)
+
+        def noted(self: Backend, *arguments: Any, method: Any = method) -> Any:
+            given.append(arguments[-1])  # the executor's calls end with cuts, those of the expected values do not
+            return method(self, *arguments)
+
+        monkeypatch.setattr(type(backend), name, noted)
+    sequences = [Sequence_(length=64, group=(0, 1, 2, 3), schedule="ring"), Sequence_(length=16, group=(2,))]
+    heads, scoring = virtual.HeadCount(query=4, key=2), Scoring(0.3)
+    data = make_data([64, 16], heads, 16, Mask(), scoring, torch.float64, seed=1)
+    attend_together(sequences, data, Mask(), scoring, torch.float64, backend="reference")
+    given = [cuts for cuts in given if not isinstance(cuts, Scoring)]
+    assert len(given) > 2 * 4 * 4
+    assert all(isinstance(rows, torch.Tensor) for rows, *_ in given)
+    assert len({id(rows) for rows, *_ in given}) < len(given) / 2
 
 
 def test_a_deterministic_backward_is_asked_for(gpu_backend: Backend) -> None:
