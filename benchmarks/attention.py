@@ -93,6 +93,8 @@ class Overheads:
     """A tensor sent or received."""
     call_seconds: float
     """A kernel call."""
+    step_seconds: float
+    """A program step, in which members wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ class Speed:
         return Rates(
             forward=area / (self.forward - calls),
             backward=area / (self.backward - calls),
-            step_seconds=1e-3,
+            step_seconds=self.overheads.step_seconds,
             byte_seconds=self.overheads.byte_seconds,
             message_seconds=self.overheads.message_seconds,
             call_seconds=self.overheads.call_seconds,
@@ -153,55 +155,48 @@ def speeds(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], host
     return [Speed(*pair, overheads=overheads(cluster)) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
 
 
+SCHEDULES = ("ring", "all_gather", "hybrid:2", "ulysses:2", "ulysses_home")
+"""With few large messages and tiles, or many small ones, in few or many steps."""
+
+
 def overheads(cluster: Cluster) -> Overheads:
-    """Fitted, once, to bytes, messages and calls of two schedules: one with few large ones, and one with many small ones."""
-    if cluster.overheads is None:
-        cluster.overheads = _fit(
-            cluster, ("ring", "ulysses:2"), [(2048, (8, 8)), (4096, (8, 8)), (4096, (8, 2))], hosts=4
-        )
-        found = cluster.overheads
-        print(
-            f"communication takes {found.byte_seconds * 1e9:.2f} s a GB, {found.message_seconds * 1e6:.0f} us a message;"
-            f" a kernel call {found.call_seconds * 1e6:.0f} us",
-            flush=True,
-        )
-    return cluster.overheads
-
-
-def _fit(
-    cluster: Cluster, schedules: tuple[str, str], shapes: Sequence[tuple[int, tuple[int, int]]], hosts: int
-) -> Overheads:
+    """What schedules take beyond a ring's tiles alone, fitted once to their bytes, messages, calls and steps."""
+    if cluster.overheads is not None:
+        return cluster.overheads
+    hosts, shapes = 4, [(2048, (8, 8)), (2048, (8, 2)), (4096, (8, 8))]
     jobs = [
         {
             "tokens": tokens,
             "heads": heads,
-            "candidates": [f"{kind}:{name}/{name}" for name in schedules for kind in ("hdp", "quiet")],
-            "rounds": 5,
+            "candidates": [TILES, *(f"hdp:{name}/{name}" for name in SCHEDULES)],
+            "rounds": 7,
             "parts": part,
         }
         for tokens, heads in shapes
         for part in PARTS
     ]
-    handled, lost, more, longer = [], [], [], []
+    handled, lost = [], []
     for job, found in zip(jobs, cluster.run_all(hosts, None, jobs), strict=True):
         times = {name: statistics.median(t["seconds"]) for name, t in found.items()}
-        called, tiles = [], [times[f"quiet:{name}/{name}"] for name in schedules]
-        for name, alone in zip(schedules, tiles, strict=True):
-            *carried, calls = traffic(name, job["tokens"], job["heads"], hosts, job["parts"] == "backward")
-            called.append(calls)
-            handled.append(np.array(carried) / alone)  # noise grows with what is timed
-            lost.append(times[f"hdp:{name}/{name}"] / alone - 1)
-        more.append((called[1] - called[0]) / tiles[0])
-        longer.append(tiles[1] / tiles[0] - 1)
-    (byte, message), _ = nnls(np.array(handled), np.array(lost))
-    call = max(float(np.dot(more, longer) / np.dot(more, more)), 0.0)
-    return Overheads(byte_seconds=byte, message_seconds=message, call_seconds=call)
+        tiles, backward = times[TILES], job["parts"] == "backward"
+        own = np.array([0, 0, hosts, 0])  # a ring's tiles are calls, too
+        for name in SCHEDULES:
+            handled.append((np.array(traffic(name, job["tokens"], job["heads"], hosts, backward)) - own) / tiles)
+            lost.append(times[f"hdp:{name}/{name}"] / tiles - 1)  # noise grows with what is timed
+    (byte, message, call, step), _ = nnls(np.array(handled), np.array(lost))
+    print(
+        f"communication takes {byte * 1e9:.2f} s a GB, {message * 1e6:.0f} us a message;"
+        f" a kernel call {call * 1e6:.0f} us, a step {step * 1e6:.0f} us",
+        flush=True,
+    )
+    cluster.overheads = Overheads(byte_seconds=byte, message_seconds=message, call_seconds=call, step_seconds=step)
+    return cluster.overheads
 
 
-def traffic(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: bool) -> tuple[int, int, int]:
-    """Bytes and messages, sent and received, and kernel calls of the member that has most."""
+def traffic(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: bool) -> tuple[int, int, int, int]:
+    """Bytes and messages, sent and received, kernel calls and steps of the member that has most bytes."""
     layout, count_ = make_layout("zigzag", tokens, hosts), HeadCount(query=heads[0], key=heads[1])
-    schedule, most = get_schedule(name), (0, 0, 0)
+    schedule, most = get_schedule(name), (0, 0, 0, 0)
     for member in range(hosts):
         program = (schedule.backward if backward else schedule.forward)(layout, Mask(), count_, member)
         counted = count(program, layout, Mask(), count_, member, SIZES, backward)
@@ -209,6 +204,7 @@ def traffic(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward
             counted.sent_bytes + counted.received_bytes,
             sum(s.messages for s in counted.steps),
             sum(s.calls for s in counted.steps),
+            len(counted.steps),
         )
         most = max(most, found)
     return most

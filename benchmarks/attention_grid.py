@@ -11,7 +11,7 @@ SHAPES = [(tokens, heads) for heads in ((8, 8), (8, 2)) for tokens in (2048, 409
 RATIOS = (0.3, 1.0, 4.0)
 """Of the longest multi-head shape; on the same links the ratio of the others is 1/4, 1/2 and twice as large."""
 KINDS = ("nic", "peer")
-WITHIN = 1.1
+WITHIN = 1.05
 """Pairs slower by more than this are not measured to the end."""
 PAIRS = (
     "ring/ring",
@@ -41,7 +41,7 @@ def auto_grid(cluster: Any) -> dict[str, float]:
             {
                 "tokens": tokens,
                 "heads": heads,
-                "rounds": 6,
+                "rounds": 9,
                 "candidates": [f"hdp:{name}" for name in names],
                 "within": WITHIN,
                 "keep": [f"hdp:{pick}"],
