@@ -7,6 +7,7 @@ route's programs. Outside one (evaluation, ``generate``) it is transformers' own
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,16 +30,69 @@ _OUTSIDE = frozenset({"output_attentions", "position_bias", "cache", "num_items_
 def register() -> None:
     """Makes ``attn_implementation="hdp"`` known to transformers. Called by ``import hdp`` users once; repeating is harmless."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, hdp_attention)
     # Without a mask function transformers would silently drop padding masks.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, hdp_mask)
 
 
 def planned_mask(device: torch.device) -> Tensor:
-    """What a planned batch passes as ``attention_mask``: an empty 4-D mask, so that transformers builds none of its own."""
-    return torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device)
+    """What a planned batch passes as ``attention_mask``: a 2-D mask of no keys, by which :func:`hdp_mask` knows it.
+
+    A 4-D one would pass transformers by as it is, and with it every pattern that the model asks for.
+    """
+    return torch.empty((1, 0), dtype=torch.bool, device=device)
+
+
+# Patterns that a planned batch computes by itself: causal or not, and sliding windows, which attention is told of. Each is the
+# name of a function of transformers.masking_utils (or of Gemma 3), or of the one that made it.
+_PATTERNS = {
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+    "_bidirectional_window_overlay",
+}
+_PATTERN_NAMES = {
+    "chunked_overlay": "chunked attention",
+    "blockwise_overlay": "attention in blocks of tokens that see each other",
+}
+
+
+def hdp_mask(*arguments: Any, **keywords: Any) -> Tensor | None:
+    """transformers' mask interface: that of ``sdpa``; in a planned batch no mask, if it can do without.
+
+    Raises:
+        ValueError: in a planned batch, a pattern that is more than causal, bidirectional or a sliding window.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    given = keywords.get("attention_mask")
+    if given is None or given.dim() != 2 or given.shape[-1]:
+        return sdpa_mask(*arguments, **keywords)
+    config = keywords.get("config")
+    for pattern in _patterns(keywords["mask_function"], getattr(config, "use_bidirectional_attention", False) is True):
+        if pattern not in _PATTERNS:
+            name = _PATTERN_NAMES.get(pattern, f"the attention pattern {pattern!r}")
+            raise ValueError(
+                f"{name} ({type(config).__name__}) is not supported in a planned batch: each layer's attention must be causal"
+                " or bidirectional, whole or in a sliding window"
+            )
+    return torch.empty((1, 1, 0, 0), dtype=torch.bool, device=given.device)
+
+
+def _patterns(function: Callable[..., Any], is_bidirectional: bool) -> list[str]:
+    """Names of what a mask function of transformers is made of.
+
+    A union is one pattern, unless it lets a causal model see everything (Gemma 3's ``use_bidirectional_attention``).
+    """
+    name = function.__qualname__
+    if name.startswith("and_masks.") or (is_bidirectional and name.startswith("or_masks.")):
+        inner = [cell.cell_contents for cell in function.__closure__ or ()]
+        return [name for parts in inner for part in parts for name in _patterns(part, is_bidirectional)]
+    if is_bidirectional and name.endswith("<lambda>"):
+        return ["bidirectional_mask_function"]
+    return [name.partition(".<locals>")[0]]
 
 
 def hdp_attention(

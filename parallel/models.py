@@ -25,15 +25,47 @@ def compute_dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+LAYER_TYPES = ("full_attention", "sliding_attention")
+"""Of transformers' layers those that keep documents apart and can be shared; the others mix tokens in other ways."""
+
+
 def check_attention(model: nn.Module) -> None:
-    """Raises ValueError if a transformers model would not use hdp's attention."""
-    config = getattr(model, "config", None)
+    """Raises ValueError if a transformers model would not use hdp's attention, or needs more than that can do."""
+    for part in model.modules():
+        if not _uses_interface(type(part)):
+            raise ValueError(
+                f"{type(part).__name__} is not supported: its attention adds biases or masks of its own (ALiBi, for one) and"
+                " does not go through transformers' AttentionInterface; choose a model that does, such as Llama, Qwen, Mistral,"
+                " Gemma or GPT-NeoX"
+            )
+        if getattr(part, "_is_stateful", False):
+            raise ValueError(
+                f"{type(part).__name__} is not supported: it has layers that carry a state from token to token, which would run"
+                " from one document into the next"
+            )
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for kind in getattr(text, "layer_types", None) or ():
+        if kind not in LAYER_TYPES:
+            raise ValueError(
+                f"{type(model).__name__} has layers of type {kind!r}, which is not supported: documents packed behind each"
+                f" other are kept apart, and shared, in layers of type {' and '.join(LAYER_TYPES)} alone"
+            )
     name = getattr(config, "_attn_implementation", None)
-    if config is not None and name != "hdp":
+    if name != "hdp":
         raise ValueError(
             f'the model\'s attention is {name!r}: make it with attn_implementation="hdp",'
             ' or call model.set_attn_implementation("hdp")'
         )
+
+
+def _uses_interface(kind: type) -> bool:
+    """Whether a model of transformers computes attention through its AttentionInterface; True for what is none."""
+    known = (c for c in kind.__mro__ if c.__module__.startswith("transformers.models."))
+    found: Any = next(known, None)
+    return found is None or getattr(found, "_can_set_attn_implementation", lambda: True)()
 
 
 def check_router(model: nn.Module) -> None:

@@ -66,14 +66,14 @@ def test_generation_is_that_of_sdpa(models, padded, use_cache):
     assert torch.equal(ours, theirs) and ours.shape[1] > IDS.shape[1]
 
 
-def planned(model: Any, lengths: list[int], **keywords: Any) -> torch.Tensor:
+def planned(model: Any, lengths: list[int], vocabulary: int = 101, **keywords: Any) -> torch.Tensor:
     """Logits of documents packed behind each other on one rank."""
     runtime = AttentionRuntime(0, VirtualNetwork().channel(0), torch.device("cpu"))
     shards = [RouteShard(sequence=i, length=length, group=(0,)) for i, length in enumerate(lengths)]
     route = Route(runtime, shards)
     documents = make_documents(lengths)
     fields = {
-        "input_ids": torch.cat(documents)[None],
+        "input_ids": torch.cat(documents)[None] % vocabulary,
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
         "attention_mask": planned_mask(torch.device("cpu")),
         "use_cache": False,
@@ -110,6 +110,89 @@ def test_a_two_dimensional_padding_mask_is_refused(models):
     mask[0, :3] = 0
     with pytest.raises(ValueError, match="takes no attention mask"):
         planned(models[0], [11, 7], attention_mask=mask)
+
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def test_chunked_attention_is_refused():
+    """Llama 4 tells attention nothing of its chunks: they are in the mask alone."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    config = Llama4TextConfig(
+        **SMALL,
+        attention_chunk_size=16,
+        num_local_experts=2,
+        intermediate_size_mlp=48,
+        no_rope_layers=[1, 1],
+        layer_types=["chunked_attention"] * 2,
+    )
+    model = Llama4ForCausalLM._from_config(config, attn_implementation="hdp").eval()
+    with pytest.raises(ValueError, match=r"chunked attention \(Llama4TextConfig\) is not supported in a planned batch"):
+        planned(model, [40], vocabulary=64)
+
+
+def odd_masks() -> dict[str, Any]:
+    return {
+        "or_mask_function": lambda batch, head, q, k: k < 3,
+        "and_mask_function": lambda batch, head, q, k: (q - k) % 2 == 0,
+        "block_sequence_ids": torch.zeros(1, 18, dtype=torch.long),
+    }
+
+
+@pytest.mark.parametrize("what", odd_masks())
+def test_a_pattern_of_the_models_own_is_refused(models, what):
+    """What a model adds to its mask reaches attention in no other way."""
+    from transformers.masking_utils import create_causal_mask
+
+    fields = {
+        "inputs_embeds": torch.zeros(1, 18, 8),
+        "attention_mask": planned_mask(torch.device("cpu")),
+        "cache": None,
+    }
+    assert create_causal_mask(models[0].config, **fields).shape == (1, 1, 0, 0)
+    with pytest.raises(ValueError, match="is not supported in a planned batch: each layer's attention must be causal"):
+        create_causal_mask(models[0].config, **fields, **{what: odd_masks()[what]})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("is_bidirectional", [False, True])
+def test_windows_and_both_directions_are_computed(is_bidirectional):
+    """Gemma 3 makes a causal mask and lets it see the rest when it embeds texts."""
+    from transformers import Gemma3TextConfig, Gemma3TextModel
+
+    config = Gemma3TextConfig(
+        **SMALL,
+        sliding_window=10,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+        use_bidirectional_attention=is_bidirectional,
+    )
+    model = Gemma3TextModel._from_config(config, attn_implementation="eager").eval().float()
+    ids = make_documents([40])[0] % 64
+    want = model(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+    model.set_attn_implementation("hdp")
+    runtime = AttentionRuntime(0, VirtualNetwork().channel(0), torch.device("cpu"))
+    found = model(
+        input_ids=ids[None],
+        position_ids=torch.arange(40)[None],
+        attention_mask=planned_mask(torch.device("cpu")),
+        use_cache=False,
+        hdp_route=(route := Route(runtime, [RouteShard(sequence=0, length=40, group=(0,))])),
+    ).last_hidden_state[0]
+    assert route.tokens == 40
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_batch_of_two_rows_is_refused(models):
