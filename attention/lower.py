@@ -44,14 +44,20 @@ FORWARD_TENSORS = ("q", "k", "v", "out", "lse")
 BACKWARD_TENSORS = ("q", "k", "v", "do", "out", "lse", "delta", "dq", "dk", "dv")
 
 
-def lower(tasks: Sequence[Task], geometry: Geometry, backward: bool) -> Lowered:
-    """This rank's flat program; ``tasks`` in the same order on every rank (ascending sequence)."""
-    return _Lowering(tasks, geometry, backward).run()
+def lower(tasks: Sequence[Task], geometry: Geometry, backward: bool, ranks_per_node: int | None = None) -> Lowered:
+    """This rank's flat program; ``tasks`` in the same order on every rank (ascending sequence).
+
+    In each round, sequences that are spread over several nodes come first, then those inside one, so that the slow links
+    are busy earliest; whole local ones fill the waits (Zeppelin's order). ``ranks_per_node`` None: one node.
+    """
+    return _Lowering(tasks, geometry, backward, ranks_per_node).run()
 
 
 class _Lowering:
-    def __init__(self, tasks: Sequence[Task], geometry: Geometry, backward: bool) -> None:
+    def __init__(self, tasks: Sequence[Task], geometry: Geometry, backward: bool, ranks_per_node: int | None) -> None:
         self.tasks, self.geometry, self.backward = tasks, geometry, backward
+        # Sharers agree on the order: it follows from the group and the sequence alone.
+        self.order = sorted(range(len(tasks)), key=lambda i: not _spans_nodes(tasks[i], ranks_per_node))
         self.externals = BACKWARD_TENSORS if backward else FORWARD_TENSORS
         self.places = Places(geometry, self.externals)
         self.tiles = TileLowering(self.places, backward)
@@ -119,7 +125,8 @@ class _Lowering:
         calls: list[Call] = []
         arrivals: list[tuple[int, Message, list[Packet], list[Place]]] = []
         self.tiles.begin_step()
-        active = [(i, t, t.program.steps[step]) for i, t in enumerate(self.tasks) if step < len(t.program.steps)]
+        tasks = ((i, self.tasks[i]) for i in self.order)
+        active = [(i, t, t.program.steps[step]) for i, t in tasks if step < len(t.program.steps)]
         for index, _, part in active:
             for message in self._messages(part.sends):
                 sends += self.mail.send(self.parties[index], message, self.tiles.fills)
@@ -262,6 +269,10 @@ def _join_merges(merges: Iterable[Merge]) -> list[Merge]:
                 continue
         joined.append(merge)
     return joined
+
+
+def _spans_nodes(task: Task, ranks_per_node: int | None) -> bool:
+    return ranks_per_node is not None and len({rank // ranks_per_node for rank in task.group}) > 1
 
 
 def _is_one_call(task: Task) -> bool:

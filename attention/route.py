@@ -84,6 +84,8 @@ class AttentionRuntime:
         if dtype not in self._executors:
             backend = resolve_backend(self.backend_name, self.device, dtype)
             self._executors[dtype] = Executor(backend, self.channel)
+        self.ranks_per_node: int | None = None
+        """Ranks r with the same r // ranks_per_node share a node; None: all do. The same on all ranks."""
         return self._executors[dtype]
 
     def backend(self, dtype: torch.dtype) -> Backend:
@@ -168,7 +170,8 @@ class Route:
                 )
             )
             row += layout.shard_tokens(member)
-        return lower(tasks, key.geometry(self.runtime.wire_dtype_for(key.dtype)), backward)
+        runtime = self.runtime
+        return lower(tasks, key.geometry(runtime.wire_dtype_for(key.dtype)), backward, runtime.ranks_per_node)
 
     def schedules(self, shard: RouteShard, key: LayerKey) -> tuple[str, str]:
         """Forward and backward schedule of one sequence, ``"auto"`` resolved. Raises ValueError if it cannot be."""

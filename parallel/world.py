@@ -92,6 +92,8 @@ def init(
         dist.all_reduce(torch.zeros(1, device=place), group=lane)
     channel = TorchChannel(rank, lanes, place)
     _register_transformers()
+    runtime = AttentionRuntime(rank, channel, place, backend)
+    runtime.ranks_per_node = _ranks_per_node(control, world_size, tensor_parallel)
     return World(
         rank=rank,
         world_size=world_size,
@@ -100,11 +102,20 @@ def init(
         timeout=timeout,
         channel=channel,
         control=control,
-        runtime=AttentionRuntime(rank, channel, place, backend),
+        runtime=runtime,
         guard=Guard(dist.get_rank(), total, channel, generation),
         owns_process_group=owns,
         mesh=_mesh(place, world_size, tensor_parallel),
     )
+
+
+def _ranks_per_node(control: dist.ProcessGroup, world_size: int, tensor_parallel: int) -> int | None:
+    """As torchrun started them; None if nodes differ, or if there is one."""
+    mine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size * tensor_parallel)) // tensor_parallel
+    both = torch.tensor([mine, -mine])
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=control)
+    most, least = int(both[0]), -int(both[1])
+    return most if 0 < least == most < world_size else None
 
 
 def _mesh(device: torch.device, world_size: int, tensor_parallel: int) -> DeviceMesh:

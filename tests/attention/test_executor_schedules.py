@@ -164,6 +164,23 @@ def test_a_holder_of_heads_calls_its_kernel_once_for_each_pair_of_members() -> N
         assert sum(len(r.calls) for r in lowered.rounds) == 4 * 4
 
 
+def test_sequences_over_several_nodes_come_first() -> None:
+    """In each round: the slow links get their bytes before those inside the node, and whole sequences fill the waits."""
+    shards = [
+        RouteShard(sequence=0, length=8, group=(1,)),
+        RouteShard(sequence=1, length=64, group=(0, 1), schedule="ring", schedule_backward="ring"),
+        RouteShard(sequence=2, length=64, group=(1, 0, 3), schedule="ring", schedule_backward="ring"),
+        RouteShard(sequence=3, length=64, group=(1, 2), schedule="ring", schedule_backward="ring"),
+    ]
+    runtime = AttentionRuntime(1, VirtualNetwork().channel(1), CPU)
+    for per_node, expected in ((None, [1, 2, 3]), (2, [2, 3, 1])):
+        runtime.ranks_per_node = per_node
+        rounds = [Route(runtime, shards).lowered(key_of(HEADS["mha"]), backward).rounds for backward in (False, True)]
+        found = [[p.sequence for p in packets] for r in sum(rounds, ()) for packets in (r.sends, r.receives)]
+        assert list(dict.fromkeys(found[0])) == expected
+        assert all(list(dict.fromkeys(some)) == [n for n in expected if n in some] for some in found)
+
+
 def test_lowering_is_linear_and_buffers_are_reused() -> None:
     """A ring of 128 needs the arena of a ring of 32, and as many operations a step."""
     for backward in (False, True):

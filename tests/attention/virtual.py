@@ -18,6 +18,8 @@ from hdp.attention.program import HeadCount
 from hdp.attention.route import AttentionRuntime, LayerKey, Route, RouteShard
 
 CPU = torch.device("cpu")
+RANKS_PER_NODE = 2
+"""Virtual ranks 0 and 1 share a node, 2 and 3 the next, and so on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +184,7 @@ class _Rank:
     ) -> None:
         self.rank, self.sequences, self.key = rank, sequences, key
         self.runtime = AttentionRuntime(rank, VirtualNetwork().channel(rank), CPU, backend, wire_dtype, chooser)
+        self.runtime.ranks_per_node = RANKS_PER_NODE
         mine = [(i, s) for i, s in enumerate(sequences) if rank in s.group]
         self.route = Route(self.runtime, [s.shard(i) for i, s in mine])
         sums = torch.float64 if key.dtype == torch.float64 else torch.float32
