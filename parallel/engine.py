@@ -211,7 +211,7 @@ class Engine:
     def _result(self, batch: PlannedBatch, total: float, seconds: float, spans: list[Span]) -> StepResult:
         waited = sum(b - a for a, b in self.waits)
         packed = pack_spans(spans)
-        table = gather_numbers(self.world, total, seconds, waited, len(packed))
+        table = gather_numbers(self.world, total, seconds, waited, len(packed), self.world.runtime.peak_bytes)
         longest = int(table[:, 3].max())
         gathered = gather_spans(self.world, packed, longest) if self.world.world_size <= TIMELINE_WORLD else ()
         return StepResult(
@@ -228,6 +228,7 @@ class Engine:
     def _evaluate_batch(self, batch: PlannedBatch) -> float:
         cache: dict[int, Fields] = {}
         self._begin()
+            attention_bytes=int(table[:, 4].max()),
         total = 0.0
         for work in works(batch.plan, self.world.rank, Arrangement(closing=False)):
             inputs = build_inputs(batch, work.micro_batch, self.world.runtime, self.world.device, cache)

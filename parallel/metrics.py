@@ -46,6 +46,8 @@ class StepResult:
     """Per rank: time not spent waiting for others."""
     wait_seconds: tuple[float, ...]
     """Per rank: time blocked in transfers and collectives."""
+    attention_bytes: int = 0
+    """Attention's buffers for what is received, sent on and summed up, reused by all layers: of the rank that needed most."""
     spans: tuple[Span, ...] = ()
     """All ranks' time; empty in worlds larger than the timeline limit."""
 

@@ -91,6 +91,7 @@ class Run:
             "planner": batch.plan.planner,
             "busy_seconds": tuple(result.busy_seconds),
             "wait_seconds": tuple(result.wait_seconds),
+            "attention_bytes": result.attention_bytes,
         }
         self.history.append({"step": batch.step, **values})
         self._metrics.write("train", batch.step, values)

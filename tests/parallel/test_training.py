@@ -66,6 +66,19 @@ def test_training_follows_plain_training(ranks, world):
     assert losses[-1] < losses[0]
 
 
+def buffers(world: hdp.World, lengths: list[int]) -> tuple[int, int]:
+    engine = hdp.shard(make_model(), world)
+    (batch,) = hdp.Loader(make_documents(lengths), world, tokens_per_step=10**5, capacity=64, planner="naive")
+    return engine.forward_backward(batch).attention_bytes, world.runtime.peak_bytes
+
+
+def test_a_step_reports_the_buffers_of_attention(ranks):
+    """Of the rank that needs most, on all of them; whole documents need none."""
+    shared = ranks(3).run(buffers, [90, 10, 33, 5])
+    assert {reported for reported, _ in shared} == {max(own for _, own in shared)} != {0}
+    assert {reported for reported, _ in ranks(2).run(buffers, [20, 10, 33, 5])} == {0}
+
+
 class _Alone:
     assumptions = None
 

@@ -44,6 +44,7 @@ def make_step(step: int, loss: float):
         seconds=2.0,
         busy_seconds=(1.8, 1.6),
         wait_seconds=(0.2, 0.4),
+        attention_bytes=1 << 20,
         imbalance=1.8 / 1.7,
         waiting_share=0.15,
         spans=SPANS,
@@ -66,6 +67,7 @@ def test_a_run_leaves_metrics_pictures_settings_and_summary(tmp_path, capsys):
     assert [(line["kind"], line["step"]) for line in lines] == [
         ("held_out", 0), ("train", 0), ("train", 1), ("train", 2), ("held_out", 3)
     ]  # fmt: skip
+    assert lines[1]["attention_bytes"] == 1 << 20
     assert lines[1]["groups"] == "1x2 + 3x1" and lines[1]["tokens_per_second"] == 8000 and lines[1]["lr"] == 1e-3
     for picture in ("loss.png", "step.png"):
         assert (tmp_path / "r" / picture).read_bytes().startswith(b"\x89PNG")
