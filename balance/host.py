@@ -33,12 +33,23 @@ class HostCosts:
     """Of each tile, once a micro-batch and direction: programs are made once and serve all layers."""
     message_setup: float = 0.0
     """Of each tensor sent or received, once a micro-batch and direction."""
+    gather_byte: float = 0.0
+    """Of each byte that an all-gather yields, taken from what is computed beside it."""
+    reduce_byte: float = 0.0
+    """Of each byte that goes into a reduce-scatter."""
+    quota_period: float = 0.0
+    """A host with a CPU quota, as containers have, runs at full speed until the quota of such a period is used up; 0: none.
+    All other times are then what computing takes in the long run."""
+    quota_share: float = 1.0
+    """Part of each period that the quota lasts for when it computes without a pause, above 0, at most 1."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
             if not (value >= 0 and isfinite(value)):
                 raise PlanError(f"{field.name} is {value}: give zero or a positive number of seconds")
+        if not 0.0 < self.quota_share <= 1.0:
+            raise PlanError(f"quota_share is {self.quota_share}: give a part above 0, up to 1")
 
     def layer_seconds(self, size: int, backward: bool) -> float:
         """One sequence on a ring of ``size`` ranks (1: a whole sequence), in one layer."""

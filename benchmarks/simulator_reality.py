@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -21,15 +23,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hdp
 from hdp.balance import PLANNERS, plan
-from hdp.balance.cost import TICK
+from hdp.balance.cost import TICK, CostModel
 from hdp.balance.distributions import draw_lengths
 from hdp.balance.evaluate import evaluate
 from hdp.balance.host import HostCosts
+from hdp.balance.measured import Profile
 from hdp.balance.plan import Plan
 from hdp.balance.simulator import Cluster, Simulation, simulate
 from hdp.parallel.batch import PlannedBatch
+from hdp.parallel.engine import Engine
+from hdp.parallel.fsdp import find_layers
 from hdp.parallel.metrics import StepResult
 from hdp.parallel.profile import profile
+from hdp.parallel.profile_clock import Quota, host_clock
 
 CAPACITY = 1024
 BATCHES = {
@@ -42,8 +48,9 @@ BATCHES = {
     "above capacity": [1300, 1200, 1150, 1100],
 }
 DRAWN = ("github", "byted", "lognormal-pareto", "source-tree", "short", "one-giant")
-RESTLESS = 0.15
-"""Spread of measured steps beyond which a case is measured up to three times as often."""
+RESTLESS = 0.03
+"""Uncertainty of a median beyond which a batch is measured up to three times as often."""
+TIE = 0.03
 SCALE = 32
 """A drawn token stands for so many of the distribution's."""
 
@@ -62,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--planners", default="static,naive,auto", help=f"of {', '.join(PLANNERS)}")
     parser.add_argument("--batches", default=",".join(BATCHES))
     parser.add_argument("--draw", type=int, metavar="SEED", help="batches drawn with this seed instead of --batches")
-    parser.add_argument("--repeats", type=int, default=3, help="measured steps of each plan; the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="measured steps of each plan; the median counts")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--heads", type=int, default=8)
@@ -94,85 +101,188 @@ def main() -> None:
     model = build(options)
     measured = profile(model, world, lengths=(64, 128, 256, 512, 1024, 2048), budget=options.budget)
     if world.rank == 0:
-        for sample in measured.samples:
-            print(
-                f"profile {sample.documents} x {sample.length}: {sample.seconds:.4f} s, fit {100 * sample.error:+.1f} %"
-            )
-        print(f"profile {measured.cost}\n{measured.intra} {measured.inter}\n{measured.host}")
-        print(f"gather {measured.gather_bandwidth:.4g} B/s, reduce {measured.reduce_bandwidth:.4g} B/s", flush=True)
+        tell(measured)
         if options.profile:
             measured.write(options.profile)
+    root = root_share(model)
+    host = measured.host
+    threads = torch.get_num_threads()
+    clock = host_clock(world.device, Quota(period=host.quota_period, cores=host.quota_share * threads))
+    reference = Reference(Engine(build(options), world), clock)
+    alone = empty_step(reference.engine, clock)
     engine = hdp.shard(model, world)
-    bytes_ = 4.0 * measured.parameters
-    gather, reduce = collective_seconds(engine, world)
-    cluster = Cluster(
+    sharding = max(empty_step(engine, clock) - alone, 0.0)
+    if world.rank == 0:
+        print(f"sharding takes {sharding:.3f} s of the host a step", flush=True)
+    cluster = cluster_of(measured, root, sharding)
+    batches = (
+        {name: BATCHES[name] for name in options.batches.split(",")} if options.draw is None else drawn(options.draw)
+    )
+    planners = options.planners.split(",")
+    cases: list[dict] = []
+    for name, lengths in batches.items():
+        plans = {p: plan(lengths, cluster.topology, measured.cost, capacity=CAPACITY, planner=p) for p in planners}
+        steps, speed = run(engine, reference, lengths, plans, options.repeats)
+        now, there = slowed(measured.cost, cluster, speed)
+        for planner, made in plans.items():
+            simulated = simulate(made, now, there)
+            seconds = [result.seconds for result in steps[planner]]
+            case = {
+                "batch": name,
+                "planner": planner,
+                "predicted": simulated.seconds,
+                "speed": speed,
+                "as_profiled": simulate(made, measured.cost, cluster).seconds,
+                "hostless": simulate(made, now, replace(there, host=HostCosts())).seconds,
+                "evaluated": evaluate(made, measured.cost, cluster.topology).seconds,
+                "measured": statistics.median(seconds),
+                "noise": noise(seconds),
+                "seconds": seconds,
+            }
+            cases.append(case)
+            if world.rank == 0:
+                print(line(case, made), flush=True)
+                if options.timeline:
+                    show(simulated, steps[planner][len(seconds) // 2])
+    if world.rank == 0:
+        if options.out:
+            with open(options.out, "w", encoding="utf-8") as file:
+                json.dump(cases, file, indent=1)
+        print(json.dumps(summarise(cases)))
+    world.close()
+
+
+def cluster_of(measured: Profile, root: float, sharding: float) -> Cluster:
+    """What the profile says of the cluster; parameters and gradients in fp32.
+
+    ``sharding``: seconds of the host that gathering and reducing take a step, FSDP2's own work included. It is spread over
+    both as the profile finds for their messages.
+    """
+    host, bytes_ = measured.host, 4.0 * measured.parameters
+    both = host.gather_byte + host.reduce_byte
+    part = host.gather_byte / both if both else 0.5
+    host = replace(host, gather_byte=sharding * part / bytes_, reduce_byte=sharding * (1.0 - part) / bytes_)
+    return Cluster(
         topology=measured.topology(),
         sharding="sharded",
         parameter_bytes=bytes_,
         gradient_bytes=bytes_,
-        blocking=True,
+        root_share=root,
         overlap=measured.overlap,
-        gather_bandwidth=bytes_ / gather,
-        reduce_bandwidth=bytes_ / reduce,
-        host=measured.host,
+        gather_bandwidth=measured.gather_bandwidth,
+        reduce_bandwidth=measured.reduce_bandwidth,
+        host=host,
     )
-    if world.rank == 0:
-        print(
-            f"overlap {measured.overlap:.2f}; gather {gather:.3f} s, reduce {reduce:.3f} s of an empty step", flush=True
-        )
-    cases = []
-    batches = (
-        {name: BATCHES[name] for name in options.batches.split(",")} if options.draw is None else drawn(options.draw)
-    )
-    for name, lengths in batches.items():
-        for planner in options.planners.split(","):
-            made = plan(lengths, cluster.topology, measured.cost, capacity=CAPACITY, planner=planner)
-            batch = planned(lengths, made, len(cases))
-            simulated = simulate(made, measured.cost, cluster)
-            predicted = simulated.seconds
-            hostless = simulate(made, measured.cost, replace(cluster, host=HostCosts())).seconds
-            plain = evaluate(made, measured.cost, cluster.topology).seconds
-            seconds = []
-            while len(seconds) <= options.repeats or (
-                len(seconds) <= 3 * options.repeats and spread(seconds) > RESTLESS
-            ):
-                torch.distributed.barrier(group=world.control)
-                time.sleep(0.05)  # throttled hosts regain their share
-                result = engine.forward_backward(batch)
-                seconds.append(result.seconds)
-                for parameter in engine.parameters():
-                    parameter.grad = None
-            real, least = statistics.median(seconds[1:]), min(seconds[1:])
-            case = {
-                "batch": name,
-                "planner": planner,
-                "predicted": predicted,
-                "evaluated": plain,
-                "seconds": seconds[1:],
-            }
-            cases.append({**case, "hostless": hostless, "measured": real, "least": least})
-            if world.rank == 0:
-                print(
-                    f"{name:16} {planner:8} predicted {predicted:.3f} measured {real:.3f} ({predicted / real - 1:+.1%}),"
-                    f" least {least:.3f} ({predicted / least - 1:+.1%}), spread {spread(seconds):.0%} of {len(seconds) - 1},"
-                    f" without host costs {hostless:.3f}, evaluate {plain:.3f}"
-                    f" {made.describe_groups()}",
-                    flush=True,
-                )
-                if options.timeline:
-                    show(simulated, result)
-    if world.rank == 0:
-        summary = summarise(cases)
-        if options.out:
-            with open(options.out, "w", encoding="utf-8") as file:
-                json.dump(cases, file, indent=1)
-        print(json.dumps(summary))
-    world.close()
 
 
-def spread(seconds: list[float]) -> float:
-    """Of the steps but the first, which warms up: slowest less fastest, over the median."""
-    return (max(seconds[1:]) - min(seconds[1:])) / statistics.median(seconds[1:])
+def empty_step(engine: Engine, clock: Callable[[], float], steps: int = 9) -> float:
+    """Seconds of the host for a step of two tokens a rank; median, mean over ranks."""
+    batch = whole(engine.world.world_size, 1, 2)
+    return statistics.median([host_seconds(engine, batch, clock) for _ in range(steps + 2)][2:])
+
+
+def whole(ranks: int, documents: int, length: int) -> PlannedBatch:
+    """So many documents on each rank, none of them shared."""
+    lengths = [length] * documents * ranks
+    groups = [(rank,) for rank in range(ranks) for _ in range(documents)]
+    slots, capacity = [0] * len(lengths), documents * length
+    made = Plan.from_groups(
+        lengths, groups, slots, world_size=ranks, capacity=capacity, regime="step", planner="reference"
+    )
+    return planned(lengths, made, 0)
+
+
+def host_seconds(engine: Engine, batch: PlannedBatch, clock: Callable[[], float]) -> float:
+    """Of one step; mean over ranks."""
+    world = engine.world
+    torch.distributed.barrier(group=world.control)
+    start = clock()
+    engine.forward_backward(batch)
+    mean = torch.tensor([clock() - start], dtype=torch.float64)
+    for parameter in engine.parameters():
+        parameter.grad = None
+    torch.distributed.all_reduce(mean, group=world.control)
+    return float(mean) / world.world_size
+
+
+def root_share(model: torch.nn.Module) -> float:
+    """Part of the parameters that belongs to no layer."""
+    layers = {id(p) for layer in find_layers(model) for p in layer.parameters()}
+    rest = sum(p.numel() for p in model.parameters() if id(p) not in layers)
+    return rest / sum(p.numel() for p in model.parameters())
+
+
+class Reference:
+    """A micro-batch that is timed again and again: how fast the machine is just now, against when it was profiled."""
+
+    def __init__(self, engine: Engine, clock: Callable[[], float]) -> None:
+        self.engine, self.clock = engine, clock
+        self.profiled = statistics.median([self.seconds() for _ in range(6)][1:])
+
+    def seconds(self) -> float:
+        """Of the host, for 16 documents of 128 tokens on every rank."""
+        size = self.engine.world.world_size
+        return host_seconds(self.engine, whole(size, 16, 128), self.clock)
+
+
+def slowed(cost: CostModel, cluster: Cluster, speed: float) -> tuple[CostModel, Cluster]:
+    """Where computing takes ``speed`` times as long; links are as they were."""
+    host = cluster.host
+    times = ("piece_seconds", "message_seconds", "piece_setup", "message_setup", "gather_byte", "reduce_byte")
+    return (
+        replace(cost, **{name: getattr(cost, name) * speed for name in ("quadratic", "linear", "constant", "head")}),
+        replace(cluster, host=replace(host, **{name: getattr(host, name) * speed for name in times})),
+    )
+
+
+def run(
+    engine: hdp.Engine, reference: Reference, lengths: list[int], plans: dict[str, Plan], repeats: int
+) -> tuple[dict[str, list[StepResult]], float]:
+    """Measured steps of each plan, in turn, so that what slows the machine for a while slows all of them; how much slower the
+    machine was meanwhile than when it was profiled.
+
+    As many as asked for; where some plan's are restless, up to three times as many of all. The first of each, which warms
+    up, is left out. The same on all ranks: a step's seconds are.
+    """
+    steps: dict[str, list[StepResult]] = {planner: [] for planner in plans}
+    references = []
+    for turn in range(3 * repeats + 1):
+        if turn > repeats and all(noise([r.seconds for r in of[1:]]) < RESTLESS for of in steps.values()):
+            break
+        for number, (planner, made) in enumerate(plans.items()):
+            torch.distributed.barrier(group=engine.world.control)
+            time.sleep(0.05)  # throttled hosts regain their share
+            steps[planner].append(engine.forward_backward(planned(lengths, made, turn * len(plans) + number)))
+            for parameter in engine.parameters():
+                parameter.grad = None
+        references.append(reference.seconds())
+    return {planner: of[1:] for planner, of in steps.items()}, statistics.median(references) / reference.profiled
+
+
+def tell(measured: Profile) -> None:
+    for s in measured.samples:
+        print(f"profile {s.documents} x {s.length}: {s.seconds:.4f} s, fit {100 * s.error:+.1f} %")
+    print(f"profile {measured.cost}\n{measured.intra} {measured.inter}\n{measured.host}")
+    rates = f"gather {measured.gather_bandwidth:.4g} B/s, reduce {measured.reduce_bandwidth:.4g} B/s"
+    print(f"{rates}, overlap {measured.overlap:.2f}", flush=True)
+
+
+def line(case: dict, made: Plan) -> str:
+    real, predicted, seconds = case["measured"], case["predicted"], case["seconds"]
+    return (
+        f"{case['batch']:18} {case['planner']:7} predicted {predicted:.3f} measured {real:.3f} ({predicted / real - 1:+.1%}),"
+        f" +- {case['noise']:.1%}, {min(seconds):.3f} to {max(seconds):.3f} of {len(seconds)},"
+        f" machine {case['speed']:.2f}, as profiled {case['as_profiled']:.3f},"
+        f" without host costs {case['hostless']:.3f}, evaluate {case['evaluated']:.3f} {made.describe_groups()}"
+    )
+
+
+def noise(seconds: list[float]) -> float:
+    """How uncertain the median of measured steps is: half of the middle half of them, over the median and sqrt(steps)."""
+    if len(seconds) < 2:
+        return math.inf
+    low, high = np.quantile(seconds, [0.25, 0.75])
+    return float(high - low) / 2 / statistics.median(seconds) / len(seconds) ** 0.5 * 1.86
 
 
 def planned(lengths: list[int], made: Plan, step: int) -> PlannedBatch:
@@ -185,24 +295,6 @@ def planned(lengths: list[int], made: Plan, step: int) -> PlannedBatch:
         label_tokens=sum(lengths) - len(lengths),
         loss_weight=float(sum(lengths)),
     )
-
-
-def collective_seconds(engine: hdp.Engine, world: hdp.World) -> tuple[float, float]:
-    """What gathering all parameters and reducing all gradients take in a step of two tokens a rank."""
-    lengths = [2] * world.world_size
-    groups = [(rank,) for rank in range(world.world_size)]
-    made = Plan.from_groups(
-        lengths, groups, [0] * len(lengths), world_size=world.world_size, capacity=2, regime="step", planner="empty"
-    )
-    times = []
-    for step in range(6):
-        torch.distributed.barrier(group=world.control)
-        engine.forward_backward(planned(lengths, made, step))
-        waits = [stop - start for start, stop in engine.waits]
-        times.append((waits[0], sum(waits[1:])))
-    medians = torch.tensor([statistics.median(t[k] for t in times[2:]) for k in (0, 1)])
-    torch.distributed.all_reduce(medians, op=torch.distributed.ReduceOp.MIN, group=world.control)  # waits left out
-    return float(medians[0]), float(medians[1])
 
 
 def show(simulated: Simulation, result: StepResult) -> None:
@@ -221,27 +313,32 @@ def show(simulated: Simulation, result: StepResult) -> None:
 
 
 def summarise(cases: list[dict]) -> dict[str, float]:
-    """Errors against the median and against the least disturbed step, and how planners of one batch are ordered."""
-    summary: dict[str, float] = {"cases": len(cases)}
-    for real in ("measured", "least"):
-        errors = [abs(c["predicted"] / c[real] - 1) for c in cases]
-        summary[f"worst_error_{real}"] = max(errors)
-        summary[f"median_error_{real}"] = statistics.median(errors)
-        summary[f"within_15_percent_{real}"] = sum(e <= 0.15 for e in errors) / len(errors)
-        summary[f"same_order_{real}"] = same_order(cases, real)
-    return summary
+    """Errors against the median of the measured steps, and how planners of one batch are ordered."""
+    errors = [abs(c["predicted"] / c["measured"] - 1) for c in cases]
+    pairs = [(a, b) for a in cases for b in cases if a["batch"] == b["batch"] and a["planner"] < b["planner"]]
+    ties = [pair for pair in pairs if is_tie(*pair)]
+    return {
+        "cases": len(cases),
+        "worst_error": max(errors),
+        "median_error": statistics.median(errors),
+        "within_15_percent": sum(e <= 0.15 for e in errors) / len(errors),
+        "as_profiled_within_15_percent": sum(abs(c["as_profiled"] / c["measured"] - 1) <= 0.15 for c in cases)
+        / len(cases),
+        "worst_noise": max(c["noise"] for c in cases),
+        "pairs": len(pairs),
+        "ties": len(ties),
+        "same_order": sum(same_order(*pair) for pair in pairs if pair not in ties),
+    }
 
 
-def same_order(cases: list[dict], real: str) -> float:
-    """Share of the pairs of planners of one batch that are ordered alike; two within 3 % of each other are a tie."""
-    agree = pairs = 0
-    for a in cases:
-        for b in cases:
-            if a["batch"] == b["batch"] and a["planner"] < b["planner"]:
-                was, said = a[real] / b[real], a["predicted"] / b["predicted"]
-                pairs += 1
-                agree += (was - 1) * (said - 1) > 0 or abs(was - 1) < 0.03 or abs(said - 1) < 0.03
-    return agree / pairs if pairs else 1.0
+def is_tie(a: dict, b: dict) -> bool:
+    """Two planners whose measured steps differ by less than their medians are uncertain, or that differ by 3 % or less."""
+    was, said = a["measured"] / b["measured"] - 1, a["predicted"] / b["predicted"] - 1
+    return abs(was) <= max(TIE, 2 * math.hypot(a["noise"], b["noise"])) or abs(said) <= TIE
+
+
+def same_order(a: dict, b: dict) -> bool:
+    return (a["measured"] < b["measured"]) == (a["predicted"] < b["predicted"])
 
 
 if __name__ == "__main__":

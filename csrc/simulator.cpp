@@ -94,6 +94,12 @@ simulator::Input input(const py::dict& a, const py::list& tables) {
   in.message_ticks = number(a, "message_ticks");
   in.gather = number(a, "gather");
   in.reduce = number(a, "reduce");
+  in.root_gather = number(a, "root_gather");
+  in.root_reduce = number(a, "root_reduce");
+  in.gather_host = number(a, "gather_host");
+  in.reduce_host = number(a, "reduce_host");
+  in.quota_period = number(a, "quota_period");
+  in.quota = number(a, "quota");
   in.blocking = number(a, "blocking") != 0;
   in.overlap = py::cast<double>(a["overlap"]);
   in.collectives_cross = number(a, "collectives_cross") != 0;

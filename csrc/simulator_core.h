@@ -6,7 +6,7 @@
 //
 // [Note: one event a round] An actor has one event at a time: the end of what it does. Events leave the queue in order
 // of time, ties by actor, so ports (links, NICs) serve messages first come, first served. A message starts when both its
-// ends have begun its round, as with NCCL and with gloo's large messages; a round ends when its tiles are computed, its
+// ends have begun its round and their hosts have posted its messages, as with NCCL and with gloo's large ones; a round ends when its tiles are computed, its
 // messages received, and the messages of the round before sent.
 #pragma once
 
@@ -71,6 +71,9 @@ struct Input {
   i64 round_ticks = 0;                     // host time of one round in all layers
   i64 piece_ticks = 0, message_ticks = 0;  // host time of a tile and of a tensor sent or received, in all layers
   i64 gather = 0, reduce = 0;              // collectives over all layers
+  i64 root_gather = 0, root_reduce = 0;    // of what belongs to no layer: gathered first, reduced last
+  i64 gather_host = 0, reduce_host = 0;    // what they take from computing
+  i64 quota_period = 0, quota = 0;         // a host computes for `quota` of each period, at full speed; 0: always
   bool collectives_cross = false;          // they occupy the NICs
   bool blocking = false;                   // nothing is computed during a collective
   double overlap = 1.0;                    // part of the shorter of compute and messages that hides behind the longer
@@ -99,6 +102,11 @@ struct Steps {
   i64 first, last;  // [first, last)
 };
 
+// What one round takes the host, in all layers.
+struct Host {
+  i64 pieces, messages;
+};
+
 struct Waiting {
   i64 arrived = 0, sent = 0;     // latest known
   int receives = 0, sends = 0;   // not yet known
@@ -110,6 +118,7 @@ struct Actor {
   i64 round_begin = 0;
   i64 computed = 0;              // when this round's tiles are done
   i64 layer_begin = 0;
+  i64 period = -1, used = 0;     // of the host's quota
   Waiting parity[2];             // this round's and the last one's messages
   Port copy, send, receive;
   i64 copied = 0;                // pieces whose copies are under way
@@ -146,8 +155,11 @@ class Simulator {
   void end_layer(i64 a, i64 now);
   void end_operation(i64 a, i64 now);
 
+  i64 computes(i64 a, i64 begin, i64 ticks);
+  i64 could_compute(i64 a, i64 begin, i64 end) const;
+  i64 shift_of(i64 a) const { return a * (in_.quota_period * 618 / 1000) % in_.quota_period; }
   i64 tile_ticks(const Actor& actor, i64 share) const;
-  i64 host_ticks(i64 exchange, i64 member, i64 round) const;
+  Host host_ticks(i64 exchange, i64 member, i64 round) const;
   i64 rounds_of(i64 exchange) const;
   template <class Visit> void sends(i64 exchange, i64 member, i64 round, Visit visit) const;
   template <class Visit> void receives(i64 exchange, i64 member, i64 round, Visit visit) const;
@@ -165,6 +177,7 @@ class Simulator {
   std::priority_queue<Event> queue_;
   std::vector<Actor> actors_;
   std::vector<i64> begun_;                        // per exchange member: rounds begun so far, all pieces counted
+  std::vector<i64> posted_;                       // [exchange members, 2]: when the host has posted an even or odd round
   std::vector<Port> nic_out_, nic_in_, fabric_;   // fabric: one communicator a stage
   std::vector<std::vector<Meeting>> gathers_, reduces_;
   std::vector<std::vector<i64>> stage_nics_;
@@ -206,8 +219,8 @@ inline Message Simulator::ring_message(i64 x, i64 member, i64 round) const {
 // Host time of one round in all layers: each sequence has tiles and messages of its own, however they are packed. A block of a
 // ring is two tensors, which a member sends and receives: four messages a hop. Backward, steps [0, size - 2) pass on keys
 // and values, steps [1, size) gradients.
-inline i64 Simulator::host_ticks(i64 x, i64 member, i64 round) const {
-  if (in_.piece_ticks == 0 && in_.message_ticks == 0) return 0;
+inline Host Simulator::host_ticks(i64 x, i64 member, i64 round) const {
+  if (in_.piece_ticks == 0 && in_.message_ticks == 0) return {0, 0};
   i64 pieces, messages;
   if (in_.kind[x] < kTables) {
     const i64 n = size_of(x);
@@ -222,7 +235,7 @@ inline i64 Simulator::host_ticks(i64 x, i64 member, i64 round) const {
     pieces = table.pieces[member * table.rounds + round];
     messages = table.messages[member * table.rounds + round];
   }
-  return in_.documents[x] * (pieces * in_.piece_ticks + messages * in_.message_ticks);
+  return {in_.documents[x] * pieces * in_.piece_ticks, in_.documents[x] * messages * in_.message_ticks};
 }
 
 template <class Visit>

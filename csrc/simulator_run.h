@@ -20,6 +20,7 @@ inline Simulator::Simulator(const Input& input) : in_(input) {
     if (nics.empty() || nics.back() != in_.nic[a]) nics.push_back(in_.nic[a]);
   }
   begun_.assign(in_.member_first[in_.exchanges], 0);
+  posted_.assign(2 * in_.member_first[in_.exchanges], 0);
   waiting_for_.resize(in_.operations);
   out_.begin.assign(in_.operations, kUnknown);
   out_.end.assign(in_.operations, kUnknown);
@@ -96,7 +97,7 @@ inline void Simulator::begin_operation(i64 a, i64 now) {
 // Gathers of one pass: the first layer alone, for nothing hides it, then as much a piece as that piece hides.
 inline i64 Simulator::gather_ticks(i64 number) const {
   const i64 first = in_.gather / in_.model_layers;
-  if (number == 0) return first;
+  if (number == 0) return in_.root_gather + first;
   const i64 pieces = in_.layers == in_.model_layers ? in_.layers - 1 : in_.layers;  // the last layer hides none
   return number <= pieces ? piece(in_.gather - first, number - 1, pieces) : 0;
 }
@@ -136,7 +137,7 @@ inline void Simulator::begin_layer(i64 a, i64 now) {
   }
   if (flags & kFirst) {  // parameters gathered once, before the step, layer after layer
     const i64 upto = in_.blocking ? in_.model_layers : actor.layer * in_.model_layers / in_.layers + 1;
-    const i64 there = in_.gather / in_.model_layers * upto;
+    const i64 there = in_.root_gather + in_.gather / in_.model_layers * upto;
     if (there > now) return wake(a, there);
   }
   if (in_.copy[op] && !in_.backward[op]) {  // two layers may be on their way out
@@ -144,7 +145,9 @@ inline void Simulator::begin_layer(i64 a, i64 now) {
     if (out > now) return wake(a, out);
   }
   actor.layer_begin = now;
-  const i64 dense = piece(in_.dense[op], actor.layer, in_.layers);
+  i64 dense = piece(in_.dense[op], actor.layer, in_.layers);
+  if (flags & (kGathers | kFirst)) dense += piece(in_.gather_host, actor.layer, in_.layers);
+  if (flags & kReduces) dense += piece(in_.reduce_host, actor.layer, in_.layers);
   actor.filler = piece(in_.filler[op], actor.layer, in_.layers);
   out_.busy[a] += dense + actor.filler;
   actor.round = 0;
@@ -154,7 +157,43 @@ inline void Simulator::begin_layer(i64 a, i64 now) {
   }
   actor.parity[0] = actor.parity[1] = Waiting{};
   actor.state = Actor::kCompute;
-  wake(a, now + dense);
+  wake(a, computes(a, now, dense));
+}
+
+// When `ticks` of computing are done. A host with a quota has run for part of each period when it is throttled until the
+// next; `ticks` is the long-run time, so after a wait, with its quota unused, it is faster than that. Periods begin at
+// another time on every host.
+inline i64 Simulator::computes(i64 a, i64 begin, i64 ticks) {
+  if (in_.quota_period == 0 || ticks == 0) return begin + ticks;
+  Actor& actor = actors_[a];
+  const i64 period = in_.quota_period, quota = in_.quota, shift = shift_of(a);
+  i64 need = static_cast<i64>(static_cast<__int128>(ticks) * quota / period);
+  begin += shift;
+  const i64 now = begin / period;
+  if (now != actor.period) actor.period = now, actor.used = 0;
+  const i64 here = std::min({need, quota - actor.used, (now + 1) * period - begin});
+  need -= here;
+  actor.used += here;
+  if (need == 0) return begin + here - shift;
+  const i64 more = (need - 1) / quota;  // whole periods
+  actor.period = now + 1 + more;
+  actor.used = need - more * quota;
+  return actor.period * period + actor.used - shift;
+}
+
+// How many ticks of computing fit in between.
+inline i64 Simulator::could_compute(i64 a, i64 begin, i64 end) const {
+  if (in_.quota_period == 0) return std::max(end - begin, i64{0});
+  if (end <= begin) return 0;
+  const Actor& actor = actors_[a];
+  const i64 period = in_.quota_period, quota = in_.quota;
+  begin += shift_of(a);
+  end += shift_of(a);
+  const i64 first = begin / period, last = end / period;
+  const i64 left = quota - (first == actor.period ? actor.used : 0);
+  i64 cpu = std::min(left, (first == last ? end : (first + 1) * period) - begin);
+  if (last > first) cpu += (last - first - 1) * quota + std::min(quota, end - last * period);
+  return static_cast<i64>(static_cast<__int128>(cpu) * period / quota);
 }
 
 inline i64 Simulator::tile_ticks(const Actor& actor, i64 s) const {
@@ -173,7 +212,7 @@ inline void Simulator::begin_round(i64 a, i64 now) {
   Actor& actor = actors_[a];
   if (actor.round == actor.rounds) {
     actor.state = Actor::kLayerEnd;
-    wake(a, now + actor.filler);
+    wake(a, computes(a, now, actor.filler));
     actor.filler = 0;
     return;
   }
@@ -181,31 +220,38 @@ inline void Simulator::begin_round(i64 a, i64 now) {
   actor.state = Actor::kWaiting;
   Waiting& mine = actor.parity[round & 1];
   mine = Waiting{};
-  i64 tiles = 0, steps = 0, host = 0;
+  i64 tiles = 0, steps = 0;
+  Host host{0, 0};
   for (i64 s = in_.share_first[op]; s < in_.share_first[op + 1]; ++s) {
     const i64 x = in_.share_exchange[s], m = in_.share_member[s];
     if (round >= rounds_of(x)) continue;
     tiles += tile_ticks(actor, s);
-    host += host_ticks(x, m, round);
+    const Host more = host_ticks(x, m, round);
+    host.pieces += more.pieces;
+    host.messages += more.messages;
     steps = std::max(steps, steps_of(x, round).last - steps_of(x, round).first);
     sends(x, m, round, [&](const Message&) { ++mine.sends; });
     receives(x, m, round, [&](const Message&) { ++mine.receives; });
   }
-  tiles += steps * piece(in_.round_ticks, actor.layer, in_.layers) + piece(host, actor.layer, in_.layers);
-  out_.busy[a] += tiles;
+  tiles += steps * piece(in_.round_ticks, actor.layer, in_.layers) + piece(host.pieces, actor.layer, in_.layers);
+  const i64 posting = piece(host.messages, actor.layer, in_.layers);
+  out_.busy[a] += tiles + posting;
   actor.round_begin = now;
-  actor.computed = now + tiles;
+  const i64 posted = computes(a, now, posting);  // nothing leaves before
+  actor.computed = computes(a, posted, tiles);
   for (i64 s = in_.share_first[op]; s < in_.share_first[op + 1]; ++s) {
     const i64 x = in_.share_exchange[s], m = in_.share_member[s], rounds = rounds_of(x);
     if (round >= rounds) continue;
     const i64 number = actor.layer * rounds + round + 1;
     i64* begun = begun_.data() + in_.member_first[x];
+    i64* when = posted_.data() + 2 * in_.member_first[x] + (number & 1);
     begun[m] = number;
+    when[2 * m] = posted;
     sends(x, m, round, [&](const Message& message) {
-      if (begun[message.to] >= number) transfer(x, message, round, now);
+      if (begun[message.to] >= number) transfer(x, message, round, std::max(posted, when[2 * message.to]));
     });
     receives(x, m, round, [&](const Message& message) {
-      if (begun[message.from] >= number) transfer(x, message, round, now);
+      if (begun[message.from] >= number) transfer(x, message, round, std::max(posted, when[2 * message.from]));
     });
   }
   settle_round(a);
@@ -249,15 +295,16 @@ inline void Simulator::settle_round(i64 a) {
   const bool is_last = actor.round + 1 == actor.rounds;
   if (mine.receives > 0 || before.sends > 0 || (is_last && mine.sends > 0)) return;
   const i64 there = std::max({mine.arrived, before.sent, is_last ? mine.sent : 0});
-  i64 computed = actor.computed;
+  const i64 fill = std::min(actor.filler, could_compute(a, actor.computed, there));
+  const i64 computed = computes(a, actor.computed, fill);
+  actor.filler -= fill;
+  i64 end = std::max(computed, there);
   if (in_.overlap < 1.0) {  // what runs beside each other slows each other down
-    const i64 both = std::min(there, actor.computed) - actor.round_begin;
-    computed = std::max(there, computed) + std::llround((1.0 - in_.overlap) * static_cast<double>(std::max(both, i64{0})));
-  } else {
-    actor.filler -= std::min(actor.filler, std::max(there - computed, i64{0}));
+    const i64 both = std::min(there, computed) - actor.round_begin;
+    end += std::llround((1.0 - in_.overlap) * static_cast<double>(std::max(both, i64{0})));
   }
   actor.state = Actor::kRoundEnd;
-  wake(a, std::max(computed, there));
+  wake(a, end);
 }
 
 inline void Simulator::end_layer(i64 a, i64 now) {
@@ -271,7 +318,8 @@ inline void Simulator::end_layer(i64 a, i64 now) {
   }
   if (in_.flags[op] & kReduces) {
     std::vector<Meeting>& reduces = reduces_[in_.stage[a]];
-    if (!actor.posted) post(reduces, actor.reduced++, a, now, piece(in_.reduce, actor.layer, in_.layers));
+    const i64 rest = actor.layer + 1 == in_.layers ? in_.root_reduce : 0;
+    if (!actor.posted) post(reduces, actor.reduced++, a, now, piece(in_.reduce, actor.layer, in_.layers) + rest);
     actor.posted = in_.blocking;
     if (in_.blocking) {
       Meeting& meeting = meet(reduces, actor.reduced - 1);

@@ -26,10 +26,13 @@ from hdp.balance.topology import Link
 from hdp.parallel.batch import MicroBatchInputs
 from hdp.parallel.engine import Engine
 from hdp.parallel.loss import loss_sum
-from hdp.parallel.profile_host import host_costs, micro_batch
+from hdp.parallel.profile_clock import Quota, host_clock, measure_quota
+from hdp.parallel.profile_host import Clock, host_costs, micro_batch
 from hdp.parallel.world import World
 
 REPEATS = 3
+RUNS = 5
+"""Of each length, after a first one; the median counts."""
 MESSAGES = (1 << 16, 1 << 20, 1 << 22)
 """Bytes of the messages that links are measured with."""
 PIECE = 1 << 20  # larger messages travel in pieces, as in training
@@ -52,15 +55,18 @@ def profile(
     model.to(world.device)
     engine = Engine(model, world)
     shape = model_shape(model.config)
-    head = _head_seconds(engine, shape, world)
-    host = host_costs(world, shape, next(model.parameters()).dtype)
-    samples = _measure(engine, shape, world, tuple(lengths), budget)
+    quota = measure_quota(world, torch.get_num_threads())
+    clock = _compute_clock(world.device, quota)
+    head = _head_seconds(engine, shape, world, clock)
+    host = host_costs(world, shape, next(model.parameters()).dtype, quota)
+    samples = _measure(engine, shape, world, clock, tuple(lengths), budget)
     kept = _kept_bytes(engine, shape, world, min(s.length for s in samples))
     cost = cost_model(shape, samples, head, kept, _element(model), host.piece_seconds)
     fitted = tuple(replace(s, fitted=predicted(cost, s.length, s.documents, host.piece_seconds)) for s in samples)
     local = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world.world_size)
     intra, inter = _links(world, local)
-    gather, reduce = _collectives(world)
+    gather, reduce, gather_byte, reduce_byte = _collectives(world, host_clock(world.device, quota))
+    share = quota.share(torch.get_num_threads())
     return Profile(
         model=name or shape.name,
         device=_device_name(world.device),
@@ -74,7 +80,13 @@ def profile(
         overlap=_overlap(world),
         gather_bandwidth=gather,
         reduce_bandwidth=reduce,
-        host=host,
+        host=replace(
+            host,
+            gather_byte=gather_byte,
+            reduce_byte=reduce_byte,
+            quota_period=quota.period if share < 1.0 else 0.0,
+            quota_share=share,
+        ),
     )
 
 
@@ -131,15 +143,24 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _run(engine: Engine, inputs: MicroBatchInputs, device: torch.device) -> tuple[float, float]:
-    _synchronize(device)
-    start = time.perf_counter()
+def _compute_clock(device: torch.device, quota: Quota) -> Clock:
+    """Under a quota that of the host, which counts what computing takes in the long run; else time on the wall."""
+    if quota.share(torch.get_num_threads()) < 1.0:
+        return host_clock(device, quota)
+
+    def wall() -> float:
+        _synchronize(device)
+        return time.perf_counter()
+
+    return wall
+
+
+def _run(engine: Engine, inputs: MicroBatchInputs, clock: Clock) -> tuple[float, float]:
+    start = clock()
     loss = engine._loss(inputs)
-    _synchronize(device)
-    middle = time.perf_counter()
+    middle = clock()
     loss.backward()
-    _synchronize(device)
-    return middle - start, time.perf_counter() - middle
+    return middle - start, clock() - middle
 
 
 def _together(world: World, values: Iterable[float]) -> list[float]:
@@ -150,7 +171,7 @@ def _together(world: World, values: Iterable[float]) -> list[float]:
 
 
 def _measure(
-    engine: Engine, shape: ModelShape, world: World, lengths: tuple[int, ...], budget: float
+    engine: Engine, shape: ModelShape, world: World, clock: Clock, lengths: tuple[int, ...], budget: float
 ) -> tuple[Sample, ...]:
     """Single documents of growing length, and packs of short ones, which tell linear from quadratic time."""
     growing = lengths or tuple(128 << k for k in range(12))
@@ -163,29 +184,29 @@ def _measure(
     for length in growing:
         # This length, and two packs of as many tokens after it.
         if len(samples) >= LEAST_LENGTHS and not lengths:
-            ahead = 3 * GROWTH * samples[-1].seconds * (REPEATS + 1)
+            ahead = 3 * GROWTH * samples[-1].seconds * (RUNS + 1)
             if spent() + ahead > budget:
                 break
-        samples.append(_sample(engine, shape, world, length, 1))
+        samples.append(_sample(engine, shape, world, clock, length, 1))
     longest = max(s.length for s in samples)
     for count in (4, 16):
         if longest // count >= min(growing) and (lengths or spent() < budget):
-            samples.append(_sample(engine, shape, world, longest // count, count))
+            samples.append(_sample(engine, shape, world, clock, longest // count, count))
     return tuple(samples)
 
 
-def _sample(engine: Engine, shape: ModelShape, world: World, length: int, documents: int) -> Sample:
+def _sample(engine: Engine, shape: ModelShape, world: World, clock: Clock, length: int, documents: int) -> Sample:
     inputs = _inputs(world, shape.vocabulary, length, documents)
-    _run(engine, inputs, world.device)  # compiles, allocates, lowers
+    _run(engine, inputs, clock)  # compiles, allocates, lowers
     dist.barrier(group=world.control)
-    times = [_run(engine, inputs, world.device) for _ in range(REPEATS)]
+    times = [_run(engine, inputs, clock) for _ in range(RUNS)]
     engine.model.zero_grad(set_to_none=True)
-    least = [min(t[phase] for t in times) for phase in (0, 1)]  # what disturbs a run only ever adds
-    forward, backward = _together(world, least)
+    # The least would leave out what disturbs every step as well.
+    forward, backward = _together(world, [statistics.median(t[phase] for t in times) for phase in (0, 1)])
     return Sample(length=length, documents=documents, forward=forward, backward=backward)
 
 
-def _head_seconds(engine: Engine, shape: ModelShape, world: World, tokens: int = 512) -> float:
+def _head_seconds(engine: Engine, shape: ModelShape, world: World, clock: Clock, tokens: int = 512) -> float:
     """Seconds per token of output head and loss, forward and backward."""
     head = engine.head
     weight = head.weight.detach().requires_grad_()
@@ -193,12 +214,10 @@ def _head_seconds(engine: Engine, shape: ModelShape, world: World, tokens: int =
     labels = torch.zeros(tokens, dtype=torch.int64, device=world.device)
     times = []
     for _ in range(REPEATS + 1):
-        _synchronize(world.device)
-        start = time.perf_counter()
+        start = clock()
         loss_sum(hidden, weight, None, labels).backward()
-        _synchronize(world.device)
-        times.append(time.perf_counter() - start)
-    return _together(world, [min(times[1:])])[0] / tokens
+        times.append(clock() - start)
+    return _together(world, [statistics.median(times[1:])])[0] / tokens
 
 
 def _kept_bytes(engine: Engine, shape: ModelShape, world: World, length: int) -> float:
@@ -295,27 +314,33 @@ def _overlap(world: World, size: int = 1 << 20) -> float:
     return min(max((alone + computing - both) / min(alone, computing), 0.0), 1.0)
 
 
-def _collectives(world: World) -> tuple[float, float]:
-    """Bytes per second of an all-gather and of a reduce-scatter, the ways of sharded training."""
+def _collectives(world: World, clock: Clock) -> tuple[float, float, float, float]:
+    """Bytes per second of an all-gather and of a reduce-scatter, the ways of sharded training; seconds of the host a byte.
+
+    A GPU's collectives take nothing from what is computed beside them.
+    """
     if world.world_size == 1:
-        return 0.0, 0.0
+        return 0.0, 0.0, 0.0, 0.0
     count = (1 << 18) // world.world_size * world.world_size
     whole = torch.zeros(count, device=world.device)
     part = torch.zeros(count // world.world_size, device=world.device)
-    rates = []
+    rates, host = [], []
     for call, arguments in (
         (_call("all_gather_single", "all_gather_into_tensor"), (whole, part)),
         (_call("reduce_scatter_single", "reduce_scatter_tensor"), (part, whole)),
     ):
-        times = []
-        for _ in range(REPEATS + 1):
+        times, works = [], []
+        for _ in range(2 * REPEATS + 1):
             dist.barrier(group=world.control)
-            start = time.perf_counter()
+            begin, start = clock(), time.perf_counter()
             call(*arguments, group=world.channel.lanes[0])
             _synchronize(world.device)
             times.append(time.perf_counter() - start)
-        rates.append(4.0 * count / _together(world, [statistics.median(times[1:])])[0])
-    return rates[0], rates[1]
+            works.append(clock() - begin)
+        seconds, work = _together(world, [statistics.median(times[1:]), statistics.median(works[1:])])
+        rates.append(4.0 * count / seconds)
+        host.append(work / (4.0 * count) if world.device.type == "cpu" else 0.0)
+    return rates[0], rates[1], host[0], host[1]
 
 
 def _call(new: str, old: str) -> Callable[..., Any]:

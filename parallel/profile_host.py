@@ -1,9 +1,14 @@
-"""Measures what each tile and each message of attention costs the host: many tiny sequences against few of the same tokens."""
+"""Measures what each tile and each message of attention costs the host: many tiny sequences against few of the same tokens.
+
+Time on the wall would count the waits for messages, which a step fills with other work. So the host is timed by a clock that
+stands still while it waits (``profile_clock``), many and few in turn, and the median of the differences counts.
+"""
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -18,16 +23,20 @@ from hdp.balance.host import HostCosts, ring_messages
 from hdp.balance.models import ModelShape
 from hdp.balance.plan import Plan
 from hdp.parallel.batch import MicroBatchInputs, PlannedBatch, build_inputs
+from hdp.parallel.profile_clock import NO_QUOTA, Quota, host_clock
 from hdp.parallel.world import World
+
+Clock = Callable[[], float]
 
 MANY, FEW = 32, 8
 LARGEST_GROUP = 4
-SECONDS = 0.4
-"""What each of the measurements takes, about, beyond its first run."""
-LEAST_RUNS = 3
+TURNS = 9
+"""Blocks of runs of many and of few sequences, in turn."""
+SECONDS = 0.1
+"""What a block takes, about."""
 
 
-def host_costs(world: World, shape: ModelShape, dtype: torch.dtype) -> HostCosts:
+def host_costs(world: World, shape: ModelShape, dtype: torch.dtype, quota: Quota = NO_QUOTA) -> HostCosts:
     """Mean over ranks, equal on all of them.
 
     Whole sequences tell what a tile costs; rings of the first, second, ... ``LARGEST_GROUP`` ranks what a message costs beyond
@@ -35,8 +44,9 @@ def host_costs(world: World, shape: ModelShape, dtype: torch.dtype) -> HostCosts
     """
     first = world.rank // LARGEST_GROUP * LARGEST_GROUP
     size = min(LARGEST_GROUP, world.world_size - first)
-    whole, whole_setup = _each(world, shape, dtype, (world.rank,))
-    ring, ring_setup = _each(world, shape, dtype, tuple(range(first, first + size)))
+    clock = host_clock(world.device, quota)
+    whole, whole_setup = _each(world, clock, shape, dtype, (world.rank,))
+    ring, ring_setup = _each(world, clock, shape, dtype, tuple(range(first, first + size)))
     messages = ring_messages(size, backward=False) + ring_messages(size, backward=True)
     sums = torch.tensor([whole, whole_setup, 0.0, 0.0, 0.0], dtype=torch.float64)
     if messages:
@@ -51,13 +61,15 @@ def host_costs(world: World, shape: ModelShape, dtype: torch.dtype) -> HostCosts
     )
 
 
-def _each(world: World, shape: ModelShape, dtype: torch.dtype, group: tuple[int, ...]) -> tuple[float, float]:
+def _each(
+    world: World, clock: Clock, shape: ModelShape, dtype: torch.dtype, group: tuple[int, ...]
+) -> tuple[float, float]:
     """Seconds that one sequence more costs at the same tokens: in a layer, forward and backward; and once a micro-batch."""
     length = 2 * len(group) * (MANY // FEW)
     layers, setups = [], []
     for documents in (FEW, MANY):
         make = micro_batch(world, [torch.zeros(length * FEW // documents, dtype=torch.int64)] * documents, group)
-        layers.append(_seconds(world, _layer(world, shape, dtype, make())))
+        layers.append(_layer(world, shape, dtype, make()))
         key = LayerKey(
             heads=HeadCount(query=shape.heads, key=shape.kv_heads), head_dim=shape.head_dim, dtype=dtype, mask=Mask()
         )
@@ -67,9 +79,9 @@ def _each(world: World, shape: ModelShape, dtype: torch.dtype, group: tuple[int,
             for backward in (False, True):
                 inputs.route.program(key, backward)
 
-        setups.append(_seconds(world, prepare))
+        setups.append(prepare)
     more = MANY - FEW
-    return (layers[1] - layers[0]) / more, (setups[1] - setups[0]) / more
+    return _difference(world, clock, layers) / more, _difference(world, clock, setups) / more
 
 
 def micro_batch(world: World, documents: list[Tensor], group: tuple[int, ...]) -> Callable[[], MicroBatchInputs]:
@@ -112,19 +124,23 @@ def _layer(world: World, shape: ModelShape, dtype: torch.dtype, inputs: MicroBat
     return run
 
 
-def _seconds(world: World, run: Callable[[], None]) -> float:
-    """Mean of one run, on all ranks at once and equally often."""
+def _difference(world: World, clock: Clock, runs: Sequence[Callable[[], None]]) -> float:
+    """How much longer the second takes the host, on all ranks at once and equally often; median of some turns."""
 
-    def timed(runs: int) -> float:
+    def timed(run: Callable[[], None], times: int, clock: Clock = clock) -> float:
         dist.barrier(group=world.control)
-        start = time.perf_counter()
-        for _ in range(runs):
+        start = clock()
+        for _ in range(times):
             run()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        return (time.perf_counter() - start) / runs
+        return (clock() - start) / times
 
-    run()
-    once = torch.tensor([timed(1)], dtype=torch.float64)
+    for run in runs:
+        run()
+    once = torch.tensor([max(timed(run, 1, time.perf_counter) for run in runs)], dtype=torch.float64)
     dist.all_reduce(once, group=world.control)
-    return timed(max(int(SECONDS * world.world_size / float(once)), LEAST_RUNS))
+    times = max(int(SECONDS * world.world_size / max(float(once), 1e-9)), 1)
+    differences = []
+    for _ in range(TURNS):
+        few, many = (timed(run, times) for run in runs)
+        differences.append(many - few)
+    return statistics.median(differences)

@@ -36,8 +36,11 @@ class Cluster:
     """Of all parameters of one stage, as they are gathered."""
     gradient_bytes: float = 0.0
     """Of all gradients of one stage, as they are reduced."""
+    root_share: float = 0.0
+    """Part of parameters and gradients that belongs to no layer (embeddings, head): gathered first and reduced last."""
     blocking: bool = False
-    """Nothing is computed during a collective (gloo). False: layers are gathered and reduced while others compute."""
+    """Nothing is computed during a collective. False: layers are gathered and reduced while others compute, which FSDP2
+    does on accelerators by itself and ``hdp.shard`` on CPUs."""
     overlap: float = 1.0
     """Part of the shorter of compute and messages of a round that hides behind the longer, 0 to 1."""
     stages: int = 1
@@ -68,8 +71,9 @@ class Cluster:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise PlanError(f"{name} is {value}: give zero or a positive number")
-        if not 0.0 <= self.overlap <= 1.0:
-            raise PlanError(f"overlap is {self.overlap}: give a part from 0 to 1")
+        for name in ("overlap", "root_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise PlanError(f"{name} is {getattr(self, name)}: give a part from 0 to 1")
         if self.sharding != "none" and not self.gradient_bytes:
             raise PlanError(
                 f"sharding {self.sharding!r} reduces gradients: give gradient_bytes, or take Cluster.of_model"

@@ -183,12 +183,28 @@ def _machine(costs: Costs, cluster: Cluster, layers: int) -> dict[str, Any]:
         "round_ticks": round(cluster.round_seconds * layers / TICK),
         "piece_ticks": round(cluster.host.piece_seconds * layers / TICK),
         "message_ticks": round(cluster.host.message_seconds * layers / TICK),
-        "gather": round(cluster.gather_seconds(layers) / TICK),
-        "reduce": round(cluster.reduce_seconds(layers) / TICK),
+        **_collectives(cluster, layers),
         "blocking": int(cluster.blocking),
         "overlap": float(cluster.overlap),
         "collectives_cross": int(topology.nodes > 1),
     }
+
+
+def _collectives(cluster: Cluster, layers: int) -> dict[str, int]:
+    """Ticks of gathering and reducing the layers and the rest, on the wire and on the host."""
+    host, root = cluster.host, cluster.root_share
+    gather, reduce = cluster.gather_seconds(layers), cluster.reduce_seconds(layers)
+    seconds = {
+        "gather": gather * (1.0 - root),
+        "root_gather": gather * root,
+        "gather_host": host.gather_byte * cluster.parameter_bytes if gather else 0.0,
+        "reduce": reduce * (1.0 - root),
+        "root_reduce": reduce * root,
+        "reduce_host": host.reduce_byte * cluster.gradient_bytes if reduce else 0.0,
+        "quota_period": host.quota_period if host.quota_share < 1.0 else 0.0,
+        "quota": host.quota_period * host.quota_share if host.quota_share < 1.0 else 0.0,
+    }
+    return {name: round(value / TICK) for name, value in seconds.items()}
 
 
 def _op_arrays(batches: MicroBatches, operations: _Operations, cluster: Cluster) -> dict[str, IntArray]:

@@ -161,6 +161,10 @@ def describe(measured: Profile, shape: CostModel) -> str:
         ("message", host.message_seconds, host.message_setup),
     ):
         lines.append(f"host, each {label}: {1e6 * each:.3g} us a layer, {1e6 * setup:.3g} us a micro-batch")
+    if host.quota_period:
+        lines.append(
+            f"CPU quota: {host.quota_share:.0%} of each {1e3 * host.quota_period:.3g} ms; times are of the long run"
+        )
     if measured.gather_bandwidth:
         rates = f"{measured.gather_bandwidth / 1e6:.4g} MB/s, reduce-scatter {measured.reduce_bandwidth / 1e6:.4g} MB/s"
         lines.append(f"all-gather {rates}")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from harness import Ranks
 from test_profile import made_up, profile_of
-from test_simulator import COST, FAST, LAYERS, near, of, world
+from test_simulator import COST, FAST, LAYERS, SLOW, near, of, world
 
 from hdp.attention.counts import Sizes, count
 from hdp.attention.layout import make_layout
@@ -26,7 +26,7 @@ from hdp.balance.host import HostCosts, ring_messages
 from hdp.balance.measured import Profile, fit, predicted
 from hdp.balance.simulator import Cluster, Simulation, simulate
 from hdp.balance.simulator.tables import table
-from hdp.parallel import profile_host
+from hdp.parallel import profile_clock, profile_host
 from hdp.parallel.profile_host import host_costs
 
 HOST = HostCosts(piece_seconds=3e-4, message_seconds=1e-4, piece_setup=2e-3, message_setup=5e-4)
@@ -48,6 +48,20 @@ def test_many_tiny_shared_documents(size: int, messages: int):
     with_work = tiny(64, size, cost=COST, host=HOST)
     assert with_work.seconds - tiny(64, size, cost=COST).seconds == near(64 * each)
     assert with_work.waiting == pytest.approx(0.0, abs=1e-6)  # the host computes nothing else meanwhile
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_messages_leave_once_the_host_has_posted_them(size: int):
+    """On a slow link the host's time for messages comes before theirs, in every round, not beside it."""
+    slow = replace(COST, quadratic=1e-18, linear=1e-18)
+    made = of([600], [tuple(range(size))], [0], size)
+    host = HostCosts(message_seconds=1e-2)
+    without, with_host = (
+        simulate(made, slow, Cluster(topology=world(size, SLOW), host=h)) for h in (HostCosts(), host)
+    )
+    messages = ring_messages(size, backward=False) + ring_messages(size, backward=True)
+    assert without.seconds > 10 * LAYERS * messages * 1e-2
+    assert with_host.seconds - without.seconds == near(LAYERS * messages * 1e-2)
 
 
 def test_whole_documents_have_tiles_but_no_messages():
@@ -155,6 +169,7 @@ def measured(world: Any) -> HostCosts:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Route, "lowered", charged(Route.lowered, lambda route, *_: PREPARE * len(route.shards)))
         patch.setattr(profile_host, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+        patch.setattr(profile_clock, "time", SimpleNamespace(thread_time=lambda: clock[0]))
         return host_costs(world, SHAPE, torch.float32)
 
 
