@@ -4,10 +4,11 @@ Pure Python and C++: no torch, no clock, no global state, no randomness without 
 plan on every rank and every machine.
 """
 
+from hdp.balance.clock import evaluate
 from hdp.balance.cost import CostModel
-from hdp.balance.evaluate import Evaluation, evaluate
+from hdp.balance.evaluate import Evaluation
 from hdp.balance.models import MODELS, ModelShape
-from hdp.balance.plan import MicroBatch, Plan, PlanError, Shard
+from hdp.balance.plan import DoesNotFit, MicroBatch, Plan, PlanError, Shard
 from hdp.balance.planners import PLANNERS, make_plan, plan
 from hdp.balance.topology import Link, Topology
 
@@ -15,6 +16,7 @@ __all__ = [
     "MODELS",
     "PLANNERS",
     "CostModel",
+    "DoesNotFit",
     "Evaluation",
     "Link",
     "MicroBatch",

@@ -125,7 +125,7 @@ def _solve(
         from scipy.sparse import coo_matrix
     except ImportError as error:
         raise PlanError("the bound of regime slot needs scipy: pip install 'hdp[flexsp]'") from error
-    room = float(problem.world_size * capacity_with(problem.capacity, problem.cost.layers, problem.offload))
+    room = float(problem.world_size * capacity_with(problem.capacity, problem.cost, problem.offload))
     scale = float(grid[-1])
     lower = np.concatenate([[0.0], grid]) / scale
     upper = np.concatenate([grid, [1e3 * grid[-1]]]) / scale

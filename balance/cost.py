@@ -8,7 +8,7 @@ rounded to ticks once, at the border, and what follows is integer arithmetic, th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,17 @@ class CostModel:
     """Layers with the window."""
     activation_bytes: float = 0.0
     """Bytes per layer that a token keeps from forward to backward."""
+    recompute_bytes: float = 0.0
+    """The same of a layer that runs again in backward: its input, attention's out and lse. 0: unknown, spares nothing."""
+    keep_first: int = 1
+    """First layers whose activations stay on the device: they neither leave nor are computed again."""
+    keep_last: int = 1
+    """The same of the last layers."""
+    in_flight: int = 0
+    """Layers on the device at once while they leave or return, the last ones counted. 0: none beside those that stay, as Eq. 3
+    has it; 2 is what ``hdp.offload`` needs, and what plans count with after ``hdp.Activations.open``."""
+    recomputed: int = 0
+    """Layers between those that run again in backward; see :meth:`recomputing`."""
     state_bytes: float = 0.0
     """Bytes of parameters, gradients and optimizer state on one rank."""
     device_memory: float = 0.0
@@ -72,6 +83,11 @@ class CostModel:
                 raise PlanError(f"cost model: {name} is {value}, must be a number of at least 0")
         if self.quadratic == 0 and self.linear == 0:
             raise PlanError("cost model: quadratic and linear are both 0, so that tokens cost nothing")
+        if self.recomputed > self.movable_layers:
+            raise PlanError(
+                f"cost model: {self.recomputed} layers are computed again, {self.movable_layers} can be: {self.layers} less "
+                f"keep_first {self.keep_first} and keep_last {self.keep_last}"
+            )
 
     @classmethod
     def from_shape(
@@ -108,6 +124,7 @@ class CostModel:
             window=shape.window,
             window_layers=shape.window_layers,
             activation_bytes=float(kept * bytes_per_element),
+            recompute_bytes=recompute_bytes(shape, bytes_per_element),
             state_bytes=shape.parameters * (bytes_per_element + 4 + 12.0 / world_size),
             device_memory=device_memory,
             host_memory=host_memory,
@@ -118,6 +135,24 @@ class CostModel:
     def outside_memory(self) -> float:
         """Bytes of all tiers outside the device; 0 when unlimited."""
         return self.host_memory + self.disk_memory if self.host_memory else 0.0
+
+    @property
+    def movable_layers(self) -> int:
+        """Layers whose activations may leave the device or be computed again: the l - 2 of Eq. 3."""
+        return max(self.layers - self.keep_first - self.keep_last, 0)
+
+    @property
+    def movable_bytes(self) -> float:
+        """Bytes of a token that may leave the device: what the movable layers save."""
+        plain = (self.movable_layers - self.recomputed) * self.activation_bytes
+        return plain + self.recomputed * (self.recompute_bytes or self.activation_bytes)
+
+    def recomputing(self, layers: int) -> CostModel:
+        """The same model when ``layers`` of its layers run again in backward: more to compute, fewer bytes.
+
+        Attention's out and lse are kept, so that neither its tiles nor its messages come again.
+        """
+        return replace(self, recomputed=layers)
 
     def attention_seconds(self, lengths: Sequence[int] | IntArray) -> FloatArray:
         """Forward attention of whole sequences, all layers, in seconds."""
@@ -132,7 +167,13 @@ class CostModel:
         """The terms of every sequence, in ticks."""
         s = np.asarray(lengths, dtype=np.float64)
         attention = self.attention_seconds(lengths)
-        linear = s * (self.layers * self.linear + self.head) * (1.0 + self.backward_linear)
+        once = self.layers * self.linear + self.head
+        linear = s * once * (1.0 + self.backward_linear)
+        forward, constant = 1.0 / (1.0 + self.backward_linear), self.layers * self.constant
+        if self.recomputed:
+            linear = linear + s * (self.recomputed * self.linear)
+            forward = once / (once * (1.0 + self.backward_linear) + self.recomputed * self.linear) if once else forward
+            constant += self.recomputed * self.constant / 3.0  # of both passes a third is forward
         rings = [
             s * (self.layers * size / link.bandwidth)
             for link in (topology.intra, topology.inter)
@@ -145,15 +186,22 @@ class CostModel:
             attention=np.stack([_ticks(attention), _ticks(attention * self.backward_quadratic)]),
             ring=np.stack([_ticks(r) for r in rings]).reshape(2, 2, -1),
             latency=(latency[0], latency[1]),
-            constant=round(self.layers * self.constant / TICK),
-            forward=1.0 / (1.0 + self.backward_linear),
-            copy=max(self.layers - 2, 0) * self.activation_bytes / self.copy_bandwidth / TICK
-            if self.copy_bandwidth
-            else 0.0,
+            constant=round(constant / TICK),
+            forward=forward,
+            copy=self.movable_bytes / self.copy_bandwidth / TICK if self.copy_bandwidth else 0.0,
         )
         if float(costs.work.astype(np.float64).sum()) > 2.0**62:
             raise PlanError("the batch costs more than 2^62 ticks of 2^-32 s: check the cost model's units (seconds)")
         return costs
+
+
+def recompute_bytes(shape: ModelShape, bytes_per_element: int) -> float:
+    """Bytes per token that a layer keeps when it runs again in backward: its input, what attention gave, lse in fp32.
+
+    Attention of a shared sequence also keeps the keys and values that it received last, from which its backward sets out.
+    """
+    kv = 2 * shape.kv_heads * shape.head_dim
+    return float((shape.hidden + shape.heads * shape.head_dim + kv) * bytes_per_element + 4 * shape.heads)
 
 
 def _ticks(seconds: FloatArray) -> IntArray:
@@ -193,7 +241,7 @@ class Costs:
     forward: float
     """Share of the forward pass in ``linear``."""
     copy: float
-    """One token's activations of all layers but the two that stay, one way between device and host; 0: free."""
+    """One token's activations of all layers but those that stay, one way between device and host; 0: free."""
 
     @property
     def work(self) -> IntArray:

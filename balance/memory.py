@@ -1,7 +1,9 @@
 """Capacity with and without offload: how many tokens a micro-batch may hold, and how few ranks a sequence needs.
 
 ByteScale section 4.3 (Eq. 3). Of l layers two keep their activations on the device; of the others a fraction ``ratio``
-leaves. With activations proportional to tokens a micro-batch then holds C * l / (2 + (1 - ratio)(l - 2)) tokens.
+leaves. With activations proportional to tokens a micro-batch then holds C * l / (2 + (1 - ratio)(l - 2)) tokens. A cost model
+says which layers stay (``keep_first``, ``keep_last``) and how many run again in backward (``recomputed``); where a function
+takes a number of layers instead, the first and the last stay and none runs again.
 """
 
 from __future__ import annotations
@@ -12,25 +14,60 @@ from math import ceil
 import numpy as np
 
 from hdp.balance.cost import CostModel
-from hdp.balance.plan import Plan, PlanError
+from hdp.balance.plan import DoesNotFit, Plan
 
 KEPT_LAYERS = 2
 RATIO_STEP = 64
 """Offload ratios are multiples of 1/64, so that they are exact in every float format."""
 
 
-def kept_fraction(layers: int, ratio: float) -> Fraction:
-    """Part of a micro-batch's activations that stays on the device."""
-    kept = min(KEPT_LAYERS, layers)
-    return (kept + (1 - Fraction(ratio)) * (layers - kept)) / layers
+def kept_fraction(layers: int | CostModel, ratio: float) -> Fraction:
+    """Part that stays on the device of what a micro-batch saves there without offload."""
+    if isinstance(layers, int):
+        kept = min(KEPT_LAYERS, layers)
+        return (kept + (1 - Fraction(ratio)) * (layers - kept)) / layers
+    # Whatever leaves, two layers are there: the one that runs and the one on its way.
+    least, movable, saved = min(KEPT_LAYERS, layers.layers), Fraction(layers.movable_layers), Fraction(layers.layers)
+    if layers.recomputed and layers.activation_bytes:
+        saved, movable = _saved_layers(layers), Fraction(layers.movable_bytes) / Fraction(layers.activation_bytes)
+    under_way = Fraction(0)
+    if layers.in_flight and ratio and movable:
+        # A layer that runs again, while the one before comes back whole, has its own input beside it.
+        mixed = 0 < layers.recomputed < layers.movable_layers
+        more = layers.in_flight + (_again_layers(layers) if mixed else 0)
+        under_way = max(more - layers.keep_last, under_way)
+    return max(least, saved - Fraction(ratio) * movable + under_way) / saved
 
 
-def capacity_with(capacity: int, layers: int, ratio: float) -> int:
-    """Tokens of a micro-batch that offloads ``ratio`` of what its layers may give away."""
-    return int(capacity / kept_fraction(layers, ratio))
+def _saved_layers(cost: CostModel) -> Fraction:
+    """Activations on the device at the peak without offload, in layers that do not run again.
+
+    A layer that runs again has all of its activations for that moment. They find the room of the last layer's, which are gone
+    by then, unless the last layer itself runs again.
+    """
+    if not cost.recomputed or not cost.activation_bytes:
+        return Fraction(cost.layers)
+    again = cost.recomputed * _again_layers(cost)
+    last = not cost.keep_last and cost.recomputed == cost.movable_layers
+    return cost.layers - cost.recomputed + again + last
 
 
-def ratio_for(tokens: int, capacity: int, layers: int) -> float | None:
+def _again_layers(cost: CostModel) -> Fraction:
+    """What a layer keeps that runs again, over what one keeps that does not."""
+    return Fraction(cost.recompute_bytes or cost.activation_bytes) / Fraction(cost.activation_bytes or 1.0)
+
+
+def recomputed_capacity(capacity: int, cost: CostModel) -> int:
+    """Tokens of a micro-batch without offload when ``cost.recomputed`` layers run again; ``capacity``: when none does."""
+    return int(capacity * cost.layers / _saved_layers(cost))
+
+
+def capacity_with(capacity: int, layers: int | CostModel, ratio: float) -> int:
+    """Tokens of a micro-batch that offloads up to ``ratio`` of what its layers may give away; ``capacity``: without offload."""
+    return max(capacity, int(capacity / kept_fraction(layers, ratio)))
+
+
+def ratio_for(tokens: int, capacity: int, layers: int | CostModel) -> float | None:
     """Smallest ratio at which a micro-batch holds ``tokens``; None when even full offload is not enough."""
     if tokens <= capacity:
         return 0.0
@@ -45,30 +82,65 @@ def hidden_ratio(length: int, cost: CostModel) -> float:
     if cost.copy_bandwidth <= 0 or length <= 0:
         return 0.0
     layer = float(cost.attention_seconds([length])[0]) / cost.layers + cost.linear * length
-    ratio = min(1.0, layer * cost.copy_bandwidth / max(cost.activation_bytes * length, 1e-9))
+    moves = cost.movable_bytes / cost.movable_layers if cost.recomputed else cost.activation_bytes
+    ratio = min(1.0, layer * cost.copy_bandwidth / max(moves * length, 1e-9))
     return int(np.floor(ratio * RATIO_STEP)) / RATIO_STEP
 
 
-def ranks_with(length: int, capacity: int, layers: int, ratio: float) -> int:
+def ranks_with(length: int, capacity: int, layers: int | CostModel, ratio: float) -> int:
     """D(s) of Eq. 3 for a given ratio: ceil([2 Act(s) + (1 - r)(l - 2) Act(s)] / [l Act(C)])."""
     return max(1, ceil(kept_fraction(layers, ratio) * length / capacity))
 
 
-def least_ratio(length: int, capacity: int, layers: int) -> Fraction:
+def least_ratio(length: int, capacity: int, layers: int | CostModel) -> Fraction:
     """Lower bound of Eq. 3: l Act(C) / ((l - 2) Act(s)), at most 1. Less would free less than one rank's worth."""
-    return min(Fraction(1), Fraction(layers * capacity, (layers - KEPT_LAYERS) * length))
+    count, movable = (
+        (layers, layers - KEPT_LAYERS) if isinstance(layers, int) else (layers.layers, layers.movable_layers)
+    )
+    return min(Fraction(1), Fraction(count * capacity, movable * length))
 
 
 def moved_bytes(length: int, ranks: int, cost: CostModel, ratio: float) -> float:
     """Bytes that each of ``ranks`` ranks has outside its device when the sequence offloads ``ratio``."""
-    return ratio * max(cost.layers - KEPT_LAYERS, 0) * cost.activation_bytes * length / ranks
+    if cost.recomputed:
+        return ratio * cost.movable_bytes * length / ranks
+    return ratio * cost.movable_layers * cost.activation_bytes * length / ranks
 
 
 def most_moved(made: Plan, cost: CostModel) -> float:
     """Bytes outside the device of the micro-batch of a plan that offloads most."""
     tokens = {(rank, slot): held for rank, slot, held in zip(*(a.tolist() for a in made.held()), strict=True)}
-    layers = max(cost.layers - KEPT_LAYERS, 0) * cost.activation_bytes
-    return max((ratio * tokens[rank, slot] * layers for rank, slot, ratio in made.offload), default=0.0)
+    usual, slots = cost.movable_bytes, slot_costs(made, cost)
+    layers = {slot: model.movable_bytes for slot, model in slots.items()}
+    return max(
+        (ratio * tokens[rank, slot] * layers.get(slot, usual) for rank, slot, ratio in made.offload), default=0.0
+    )
+
+
+def slot_costs(made: Plan, cost: CostModel) -> dict[int, CostModel]:
+    """The cost model of each slot in which a plan has layers run again."""
+    return {
+        slot: cost.recomputing(cost.movable_layers if layers is None else layers)
+        for slot, layers in made.layers_again.items()
+    }
+
+
+def activation_peak(made: Plan, cost: CostModel) -> float:
+    """Bytes of activations of the fullest micro-batch: what it offloads or computes again taken off, as in Eq. 3."""
+    ranks, slots, held = made.held()
+    if not len(ranks):
+        return 0.0
+    ratios = {(rank, slot): ratio for rank, slot, ratio in made.offload}
+    models = slot_costs(made, cost)
+    kept: dict[tuple[int, float], float] = {}  # layers, by slot (one for all that run as usual) and ratio
+    layers = np.empty(len(held))
+    for i, (rank, slot) in enumerate(zip(ranks.tolist(), slots.tolist(), strict=True)):
+        key = (slot if slot in models else -1, ratios.get((rank, slot), 0.0))
+        if key not in kept:
+            model = models.get(slot, cost)
+            kept[key] = float(kept_fraction(model, key[1]) * _saved_layers(model))
+        layers[i] = kept[key]
+    return float((held * layers).max()) * cost.activation_bytes
 
 
 def eq3(length: int, capacity: int, cost: CostModel) -> tuple[float, int]:
@@ -78,14 +150,13 @@ def eq3(length: int, capacity: int, cost: CostModel) -> tuple[float, int]:
     host memory of ``cost`` (MEMO's bound, which Eq. 3 leaves out). Where there is none: no offload, ceil(s / C) ranks.
     """
     plain = max(1, -(-length // capacity))
-    layers = cost.layers
-    if length <= capacity or layers <= KEPT_LAYERS:
+    if length <= capacity or not cost.movable_layers:
         return 0.0, plain
-    first = ceil(least_ratio(length, capacity, layers) * RATIO_STEP)
+    first = ceil(least_ratio(length, capacity, cost) * RATIO_STEP)
     best = (plain, 0.0)
     for step in range(first, round(hidden_ratio(length, cost) * RATIO_STEP) + 1):
         ratio = step / RATIO_STEP
-        ranks = ranks_with(length, capacity, layers, ratio)
+        ranks = ranks_with(length, capacity, cost, ratio)
         if not cost.outside_memory or moved_bytes(length, ranks, cost, ratio) <= cost.outside_memory:
             best = min(best, (ranks, ratio))
     return best[1], best[0]
@@ -97,35 +168,55 @@ def fewest_ranks(length: int, capacity: int, cost: CostModel, most: float) -> tu
     The host-memory bound of :func:`eq3`, without its lower bound: a sequence of C + 1 tokens fits one rank at a ratio of 1/64,
     where Eq. 3 would move everything or take two ranks. So never more ranks than Eq. 3, for the same ``most``.
     """
-    ranks = max(1, -(-length // capacity_with(capacity, cost.layers, most)))
+    ranks = max(1, -(-length // capacity_with(capacity, cost, most)))
     while True:
         share = -(-length // ranks)
-        ratio = ratio_for(share, capacity, cost.layers)
+        ratio = ratio_for(share, capacity, cost)
         assert ratio is not None
         if not ratio or not cost.outside_memory or moved_bytes(share, 1, cost, ratio) <= cost.outside_memory:
             return ranks, ratio
         ranks += 1
 
 
-def refuse_no_room(cost: CostModel) -> PlanError:
+def refuse_no_room(cost: CostModel) -> DoesNotFit:
     """The error for a batch of which more must leave than the tiers hold."""
-    return PlanError(
+    return DoesNotFit(
         f"{cost.outside_memory:.4g} bytes of host memory and disk a rank do not hold what the batch must offload:"
-        " raise host_memory, disk_memory or the capacity, or use more ranks"
+        ' raise host_memory, disk_memory or the capacity, use more ranks, or allow recomputation (recompute="auto")'
     )
 
 
-def refuse_too_long(sequence: int, length: int, world_size: int, capacity: int, layers: int, largest: int) -> PlanError:
-    """The error for a sequence that does not fit; ``largest``: tokens a micro-batch may hold with what is allowed."""
+def refuse_too_long(
+    sequence: int, length: int, world_size: int, capacity: int, cost: CostModel, allowed: float
+) -> DoesNotFit:
+    """The error for a sequence that does not fit; ``allowed``: largest offload ratio."""
     share = -(-length // world_size)
-    ratio = ratio_for(share, capacity, layers)
+    enough = ceil(share * _saved_layers(cost) / cost.layers)
+    largest = capacity_with(capacity, cost, allowed)
+    ratio = ratio_for(share, capacity, cost)
     cure = (
         f"an offload ratio of {ratio:.3f} would make it fit"
         if ratio is not None
         else "even full offload would not make it fit"
     )
-    return PlanError(
+    if not cost.recomputed and (layers := fewest_recomputed(share, capacity, cost, allowed)) is not None:
+        cure += f", so would computing {layers} of {cost.layers} layers again in backward"
+    return DoesNotFit(
         f"sequence {sequence} of {length} tokens does not fit {world_size} ranks x {largest} tokens = "
         f"{world_size * largest}: {cure}; otherwise use at least {-(-length // largest)} ranks, a capacity of at least "
-        f"{share}, or shorter sequences"
+        f"{enough}, or shorter sequences"
     )
+
+
+def fewest_recomputed(tokens: int, capacity: int, cost: CostModel, allowed: float) -> int | None:
+    """Fewest layers that must run again in backward so that a micro-batch holds ``tokens`` at a ratio up to ``allowed``.
+
+    None where all of them are not enough, or where the cost model does not say what a layer keeps that runs again.
+    """
+    if not cost.recompute_bytes:
+        return None
+    for layers in range(1, cost.movable_layers + 1):
+        model = cost.recomputing(layers)
+        if capacity_with(recomputed_capacity(capacity, model), model, allowed) >= tokens:
+            return layers
+    return None

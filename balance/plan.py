@@ -28,6 +28,10 @@ class PlanError(ValueError):
     """A batch that cannot be planned, or a plan that breaks a rule. Names the sequence or rank and what would help."""
 
 
+class DoesNotFit(PlanError):
+    """A batch that these ranks cannot hold with what is allowed. Names what would make it fit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """The part of one sequence that one rank owns."""
@@ -62,6 +66,10 @@ class MicroBatch:
     """Fraction of the activations that leaves device memory, 0 to 1."""
     recompute: bool = False
     """Activations are recomputed in backward; equal for all sharers of a sequence."""
+    recompute_layers: int | None = None
+    """How many layers do so, of those that do not keep everything; None: all. ``offload_ratio`` then is of what these keep."""
+    kept_layers: int = 2
+    """Layers that the plan's memory model lets keep everything, whatever the others do."""
 
     @property
     def tokens(self) -> int:
@@ -102,6 +110,10 @@ class Plan:
     """(rank, slot, ratio) of each micro-batch that offloads, ascending."""
     recompute: tuple[int, ...] = ()
     """Slots whose micro-batches recompute their activations."""
+    recompute_layers: tuple[int, ...] = ()
+    """For each of those slots, how many layers do; (): all that do not keep everything."""
+    kept_layers: int = 2
+    """Layers that keep everything where a micro-batch offloads or recomputes: the planner's ``keep_first`` + ``keep_last``."""
     slot_count: int = field(default=-1)
     """Slots of the step; -1: one more than the largest slot in use."""
 
@@ -110,6 +122,10 @@ class Plan:
             raise PlanError(f"unknown regime {self.regime!r}: choose one of {', '.join(REGIMES)}")
         if self.layout not in LAYOUTS:
             raise PlanError(f"unknown layout {self.layout!r}: choose one of {', '.join(LAYOUTS)}")
+        if self.recompute_layers and len(self.recompute_layers) != len(self.recompute):
+            raise PlanError(
+                f"recompute_layers has {len(self.recompute_layers)} numbers for {len(self.recompute)} slots: one each, or none"
+            )
         if self.slot_count < 0:
             used = int(self.slots.max(initial=-1)) + 1
             object.__setattr__(self, "slot_count", used)
@@ -171,6 +187,12 @@ class Plan:
     def _offload_ratios(self) -> dict[tuple[int, int], float]:
         return {(rank, slot): ratio for rank, slot, ratio in self.offload}
 
+    @cached_property
+    def layers_again(self) -> dict[int, int | None]:
+        """Slots that recompute, and how many of their layers do; None: all that do not keep everything."""
+        layers = self.recompute_layers or [None] * len(self.recompute)
+        return dict(zip(self.recompute, layers, strict=True))
+
     def micro_batches(self, rank: int) -> tuple[MicroBatch, ...]:
         """What ``rank`` runs, in order. Regime ``slot``: one for every slot, dummies included."""
         offsets, sequences, members = self._by_rank
@@ -186,7 +208,9 @@ class Plan:
                 slot=slot,
                 shards=tuple(shards),
                 offload_ratio=self._offload_ratios.get((rank, slot), 0.0),
-                recompute=slot in self.recompute,
+                recompute=slot in self.layers_again,
+                recompute_layers=self.layers_again.get(slot),
+                kept_layers=self.kept_layers,
             )
             for slot, shards in sorted(by_slot.items())
         )
@@ -231,7 +255,8 @@ class Plan:
         """Hash of all that decides what ranks do; equal on all ranks before a step begins."""
         state = hashlib.sha256()
         head = (self.world_size, self.capacity, self.regime, self.planner, self.layout, self.schedule_names)
-        state.update(repr((*head, self.offload, self.recompute, self.slot_count)).encode())
+        moves = (self.offload, self.recompute, self.recompute_layers, self.kept_layers)
+        state.update(repr((*head, *moves, self.slot_count)).encode())
         arrays = (self.lengths, self.slots, self.group_offsets, self.group_ranks)
         for array in (*arrays, self.schedules, self.schedules_backward):
             state.update(b"-" if array is None else np.ascontiguousarray(array, dtype="<i8").tobytes())
@@ -272,12 +297,17 @@ class Plan:
             )
 
     def to_json(self, **extra: Any) -> str:
-        """The plan as one JSON object; ``extra`` adds fields (planning seconds, predicted seconds, lower bound)."""
+        """The plan as one JSON object; ``extra`` adds fields (planning seconds, predicted seconds, lower bound).
+
+        Micro-batches of a plan that recomputes have ``recompute`` and ``recompute_layers`` as well: how many do; null: none,
+        or, where ``recompute`` is true, all that do not keep everything.
+        """
         micro_batches = [
             {
                 "rank": mb.rank,
                 "slot": mb.slot,
                 "offload_ratio": mb.offload_ratio,
+                **({"recompute": mb.recompute, "recompute_layers": mb.recompute_layers} if self.recompute else {}),
                 "shards": [
                     {"sequence": s.sequence, "ranges": s.ranges, "group": s.group, "schedule": s.schedule}
                     for s in mb.shards

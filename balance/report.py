@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hdp.balance.clock import recompute_ticks
 from hdp.balance.cost import TICK, CostModel
 from hdp.balance.evaluate import Evaluation
-from hdp.balance.memory import kept_fraction, most_moved
+from hdp.balance.memory import activation_peak, most_moved, slot_costs
 from hdp.balance.plan import IntArray, Plan
+from hdp.balance.planners.recompute import SHOWS
 from hdp.balance.topology import Topology
 
 MOST_RANKS = 16
@@ -47,6 +49,8 @@ def describe(
         lines.append(f"offload: {len(ratios)} micro-batches, ratio {min(ratios):.3f} to {max(ratios):.3f}")
         lines.append("  " + _outside(plan, result, cost))
         lines += _fewer_ranks(plan)
+    if plan.recompute:
+        lines += describe_recompute(plan, result, cost, topology)
     return "\n".join([*lines, "", rank_table(plan, result, counts, held)])
 
 
@@ -61,6 +65,41 @@ def _outside(plan: Plan, result: Evaluation, cost: CostModel) -> str:
     if not cost.copy_bandwidth:
         return f"{tiers}; what the copies cost is unknown: give the cost model's copy_bandwidth"
     return f"{tiers}; copies show for {shows * TICK:.3g} s ({100 * shows / max(result.makespan, 1):.1f} % of the step)"
+
+
+def describe_price(
+    plan: Plan, result: Evaluation, cost: CostModel, topology: Topology, names: Sequence[int] | None = None
+) -> list[str]:
+    """What a batch pays to fit: copies that show, layers that run again; no lines for a plan that pays nothing."""
+    shows = plan.offload and int(result.copying.max(initial=0)) * SHOWS > result.makespan
+    lines = [f"offload: {_outside(plan, result, cost)}"] if shows else []
+    return lines + describe_recompute(plan, result, cost, topology, names)
+
+
+def describe_recompute(
+    plan: Plan, result: Evaluation, cost: CostModel, topology: Topology, names: Sequence[int] | None = None
+) -> list[str]:
+    """Which slots recompute, how many of their layers, and what that costs; no lines for a plan that does not.
+
+    ``names``: of the documents, where they are not those of the batch.
+    """
+    if not plan.recompute:
+        return []
+    models = slot_costs(plan, cost)
+    layers = sorted(model.recomputed for model in models.values())
+    ticks = recompute_ticks(plan, cost, topology)
+    many = f"{layers[0]}" if layers[0] == layers[-1] else f"{layers[0]} to {layers[-1]}"
+    lines = [
+        f"recompute: {len(layers)} of {plan.slot_count} slots, {many} of {cost.layers} layers again in backward; adds "
+        f"{ticks * TICK:.3g} s ({100 * ticks / max(result.makespan, 1):.1f} % of the step), no message"
+    ]
+    found = np.flatnonzero(np.isin(plan.slots, plan.recompute) & (plan.lengths > plan.world_size * plan.capacity))
+    found = found[np.argsort(-plan.lengths[found], kind="stable")]
+    for i in found[:MOST_FEWER].tolist():
+        again = models[int(plan.slots[i])].recomputed
+        name = i if names is None else names[i]
+        lines.append(f"  document {name} of {plan.lengths[i]} tokens: does not fit otherwise; {again} layers again")
+    return lines + ([f"  and {len(found) - MOST_FEWER} more"] if len(found) > MOST_FEWER else [])
 
 
 def _fewer_ranks(plan: Plan) -> list[str]:
@@ -91,17 +130,6 @@ def _per_rank(plan: Plan) -> tuple[IntArray, IntArray]:
     if plan.regime == "slot":
         counts = np.full(plan.world_size, plan.slot_count)
     return counts, np.bincount(ranks, weights=tokens, minlength=plan.world_size).astype(np.int64)
-
-
-def activation_peak(plan: Plan, cost: CostModel) -> float:
-    """Bytes of activations of the fullest micro-batch, what it offloads taken off."""
-    ranks, slots, held = plan.held()
-    if not len(ranks):
-        return 0.0
-    ratios = {(rank, slot): ratio for rank, slot, ratio in plan.offload}
-    at = zip(ranks.tolist(), slots.tolist(), strict=True)
-    kept = [float(kept_fraction(cost.layers, ratios.get(key, 0.0))) for key in at] if ratios else 1.0
-    return float((held * kept).max()) * cost.activation_bytes * cost.layers
 
 
 def rank_table(plan: Plan, result: Evaluation, counts: IntArray, held: IntArray) -> str:

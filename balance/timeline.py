@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from hdp.balance.clock import passage, slot_works
 from hdp.balance.cost import TICK, CostModel
-from hdp.balance.evaluate import micro_batch_ticks
 from hdp.balance.plan import IntArray, Plan, PlanError
 from hdp.balance.topology import Topology
 
@@ -35,26 +35,18 @@ class Timeline:
 
 def timeline(plan: Plan, cost: CostModel, topology: Topology) -> Timeline:
     """The micro-batches of a plan in time, by the rules of :mod:`hdp.balance.evaluate`."""
-    costs = cost.quantise(plan.lengths, topology)
-    clock = np.zeros(plan.world_size, dtype=np.int64)
     parts: list[tuple[IntArray, ...]] = []
     sizes = np.diff(plan.group_offsets)
-    for k, slot in enumerate(micro_batch_ticks(plan, costs, topology)):
-        start = np.zeros(plan.world_size, dtype=np.int64)
-        longest = np.zeros(plan.world_size, dtype=np.int64)
-        np.maximum.at(start, slot.component, clock[slot.ranks])
-        np.maximum.at(longest, slot.component, slot.ticks)
+    makespan = 0
+    for k, (slot, begin, end) in enumerate(passage(plan, slot_works(plan, cost, topology))):
         sharing = np.zeros(plan.world_size, dtype=bool)
         for i in np.flatnonzero((plan.slots == k) & (sizes > 1)).tolist():
             sharing[plan.group_ranks[plan.group_offsets[i] : plan.group_offsets[i + 1]]] = True
-        begin = start[slot.component]
         parts.append((slot.ranks, np.full(len(slot.ranks), k), begin, slot.ticks, sharing[slot.ranks]))
-        clock[slot.ranks] = begin + longest[slot.component]
-        if plan.regime == "slot":
-            clock[:] = clock.max()
+        makespan = max(makespan, int(end.max(initial=0)))
     columns = [np.concatenate(c) for c in zip(*parts, strict=True)] if parts else [np.zeros(0, dtype=np.int64)] * 5
     rank, slots, begin, busy, shared = columns
-    return Timeline(rank=rank, slot=slots, start=begin, busy=busy, shared=shared, makespan=int(clock.max()))
+    return Timeline(rank=rank, slot=slots, start=begin, busy=busy, shared=shared, makespan=makespan)
 
 
 def write_trace(plan: Plan, cost: CostModel, topology: Topology, path: Path) -> None:

@@ -74,6 +74,7 @@ class OffloadEngine(ActivationStore):
         tokens: int | None = None,
         layers: Sequence[nn.Module] | None = None,
         memo_fraction: float | None = None,
+        recompute_layers: int | None = None,
         device_budget: int | None = None,
         keep_first: int = 1,
         keep_last: int = 1,
@@ -92,6 +93,8 @@ class OffloadEngine(ActivationStore):
             layers: the model's layers in forward order; None finds them.
             memo_fraction: fraction of layers that ``memo`` offloads instead of recomputing; None solves for the largest that
                 hides and finds room (MEMO), from what ``auto`` measures, and recomputes nothing until something is measured.
+            recompute_layers: ``recompute``: how many layers run again (see :func:`layer_actions`); None: all that do not keep
+                everything.
             device_budget: ``auto``: bytes of saved activations that the device can hold. When what is free does not fit, it
                 pays with recomputation or with copies that show, whichever costs less; see :attr:`decision`.
             keep_first, keep_last: layers at each end that keep everything.
@@ -107,7 +110,10 @@ class OffloadEngine(ActivationStore):
             policy, ratio, memo_fraction = self._auto(ratio, tokens, len(found), device_budget, **kept)
         elif solves:
             policy, ratio, memo_fraction = self._memo(tokens, len(found), **kept)
-        actions = layer_actions(len(found), policy=policy, ratio=ratio, memo_fraction=memo_fraction or 0.0, **kept)
+        again = None if solves else recompute_layers
+        actions = layer_actions(
+            len(found), policy=policy, ratio=ratio, memo_fraction=memo_fraction or 0.0, recompute_layers=again, **kept
+        )
         return MicroBatch(
             self, model, found, actions, tokens=tokens, keep_ops=keep_ops, timed=solves, may_stay=solves
         )  # fmt: skip

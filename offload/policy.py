@@ -33,6 +33,7 @@ def layer_actions(
     policy: str,
     ratio: float = 1.0,
     memo_fraction: float = 0.0,
+    recompute_layers: int | None = None,
     keep_first: int = 1,
     keep_last: int = 1,
 ) -> tuple[LayerAction, ...]:
@@ -42,7 +43,12 @@ def layer_actions(
         policy: ``keep``, ``offload``, ``recompute`` or ``memo`` (``auto`` is resolved to one of them first).
         ratio: fraction that leaves, 0 to 1 (see :class:`LayerAction`); unused by ``keep`` and ``memo``.
         memo_fraction: ``memo``: fraction of the layers whose rest is offloaded; the others recompute it.
+        recompute_layers: ``recompute``: how many layers run again, spread evenly, the last one of all last; of the others
+            ``ratio`` leaves as well. None: all between those that keep everything.
         keep_first, keep_last: layers at each end that keep everything.
+
+    Raises:
+        ValueError: an unknown policy, a number out of its range, or more layers to run again than do not keep everything.
     """
     if policy not in POLICIES or policy == "auto":
         raise ValueError(f"policy {policy!r} is not one of {', '.join(p for p in POLICIES if p != 'auto')}")
@@ -61,5 +67,19 @@ def layer_actions(
         ]
         middle = [LayerAction(ratio=1.0, recompute=not mark) for mark in marks]
     else:
-        middle = [LayerAction(ratio=ratio, recompute=policy == "recompute")] * inner
+        again = _layers_again(policy, recompute_layers, inner)
+        # From the end, so that the last layer comes last: in its room, free by then, the others run again.
+        marks = [(j + 1) * again // inner > j * again // inner for j in reversed(range(inner))]
+        middle = [LayerAction(ratio=ratio, recompute=mark) for mark in marks]
     return (*[keep] * first, *middle, *[keep] * (layers - last))
+
+
+def _layers_again(policy: str, wanted: int | None, inner: int) -> int:
+    if policy != "recompute":
+        return 0
+    if wanted is not None and not 0 <= wanted <= inner:
+        raise ValueError(
+            f"{wanted} layers are to run again but {inner} are between those that keep everything: plan with the keep_first"
+            " and keep_last that the engine has, or lower them"
+        )
+    return inner if wanted is None else wanted

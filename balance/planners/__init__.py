@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hdp.balance.cost import CostModel, default_cost
-from hdp.balance.memory import capacity_with, most_moved, refuse_no_room, refuse_too_long
+from hdp.balance.memory import most_moved, recomputed_capacity, refuse_no_room
 from hdp.balance.plan import REGIMES, Plan, PlanError
 from hdp.balance.planners.problem import Problem
+from hdp.balance.planners.recompute import RECOMPUTE, FittedProblem, check_fits, everywhere, where_needed
 from hdp.balance.topology import Topology
 
 PLANNERS: dict[str, str] = {
@@ -40,20 +43,37 @@ def plan(
     regime: str = "step",
     planner: str = "auto",
     offload: str | float = "off",
+    recompute: str = "off",
     seed: int = 0,
 ) -> Plan:
     """Plan one global batch.
 
     ``lengths``: tokens of each sequence; ``capacity``: tokens a rank holds in one micro-batch without offload;
-    ``offload``: ``"off"``, ``"auto"`` (as much as hides behind compute) or the largest ratio allowed, 0 to 1; ``seed``: of
-    planners that draw (``static-random``). Raises :class:`PlanError` for input that cannot be planned, naming the value
-    and what would help.
+    ``offload``: ``"off"``, ``"auto"`` (as much as hides behind compute) or the largest ratio allowed, 0 to 1; ``recompute``:
+    ``"off"``, ``"auto"`` (layers run again in backward where a sequence does not fit otherwise, as few as fit) or ``"all"``
+    (all that do not keep everything, in every micro-batch, which then holds more); ``seed``: of planners that draw
+    (``static-random``). Raises :class:`PlanError` for input that cannot be planned, naming the value and what would help;
+    :class:`DoesNotFit` where that is the batch's length.
     """
     problem = make_problem(
-        lengths, topology, cost, capacity=capacity, regime=regime, planner=planner, offload=offload, seed=seed
+        lengths,
+        topology,
+        cost,
+        capacity=capacity,
+        regime=regime,
+        planner=planner,
+        offload=offload,
+        recompute=recompute,
+        seed=seed,
     )
-    make: Callable[[Problem, str], Plan] = import_module(f"{__name__}.{PLANNERS[planner]}").make
-    made = make(problem, planner)
+    made = where_needed(problem, partial(_make, planner=planner), again=recompute == "auto")
+    made = everywhere(made, problem, int(capacity)) if recompute == "all" else made
+    return replace(made, kept_layers=cost.keep_first + cost.keep_last)
+
+
+def _make(problem: Problem, planner: str) -> Plan:
+    made: Plan = import_module(f"{__name__}.{PLANNERS[planner]}").make(problem, planner)
+    cost = problem.cost
     if made.offload and cost.outside_memory and most_moved(made, cost) > cost.outside_memory:
         raise refuse_no_room(cost)
     return made
@@ -68,32 +88,52 @@ def make_problem(
     regime: str,
     planner: str,
     offload: str | float = "off",
+    recompute: str = "off",
     seed: int = 0,
 ) -> Problem:
-    """Checks the arguments of :func:`plan` and gathers them."""
+    """Checks the arguments of :func:`plan` and gathers them.
+
+    Under ``recompute="all"`` the cost model recomputes and ``capacity`` is what a micro-batch holds then.
+    """
     if planner not in PLANNERS:
         raise PlanError(f"unknown planner {planner!r}: choose one of {', '.join(PLANNERS)}")
     if regime not in REGIMES:
         raise PlanError(f"unknown regime {regime!r}: choose one of {', '.join(REGIMES)}")
+    if recompute not in RECOMPUTE:
+        raise PlanError(f"unknown recompute {recompute!r}: choose one of {', '.join(RECOMPUTE)}")
+    if cost.recomputed:
+        raise PlanError(
+            f"the cost model has {cost.recomputed} layers run again: which do is the planner's to say, see recompute"
+        )
     if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer) or capacity < 1:
         raise PlanError(f"capacity is {capacity!r}: give the tokens of one micro-batch, at least 1")
     array = _check_lengths(lengths)
     ratio = _check_offload(offload, cost)
-    largest = capacity_with(int(capacity), cost.layers, ratio)
-    if array.size and int(array.max()) > topology.world_size * largest:
-        worst = int(array.argmax())
-        raise refuse_too_long(worst, int(array[worst]), topology.world_size, int(capacity), cost.layers, largest)
-    return Problem(
+    if recompute == "all":
+        cost = _recomputing_all(cost)
+    problem = FittedProblem(
         lengths=array,
         topology=topology,
         cost=cost,
         costs=cost.quantise(array, topology),
-        capacity=int(capacity),
+        capacity=recomputed_capacity(int(capacity), cost),
         regime=regime,
         offload=ratio,
         offload_hidden_only=offload == "auto",
         seed=seed,
     )
+    if recompute != "auto":
+        check_fits(problem)
+    return problem
+
+
+def _recomputing_all(cost: CostModel) -> CostModel:
+    if cost.movable_layers and not cost.recompute_bytes:
+        raise PlanError(
+            'recompute "all" needs the cost model\'s recompute_bytes: give what a layer keeps of a token that runs again, or'
+            " run hdp profile again"
+        )
+    return cost.recomputing(cost.movable_layers)
 
 
 def _check_lengths(lengths: Sequence[int] | NDArray[np.integer]) -> NDArray[np.int64]:
@@ -137,6 +177,7 @@ def make_plan(
     cost: CostModel | None = None,
     topology: Topology | None = None,
     offload: str | float = "off",
+    recompute: str = "off",
     seed: int = 0,
 ) -> Plan:
     """:func:`plan` with defaults: eight ranks a node and the cost of a 7B model."""
@@ -152,5 +193,6 @@ def make_plan(
         regime=regime,
         planner=planner,
         offload=offload,
+        recompute=recompute,
         seed=seed,
     )

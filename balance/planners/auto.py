@@ -52,7 +52,7 @@ def make(problem: Problem, name: str) -> Plan:
         return search(problem, name, problem.capacity)  # nothing leaves the device, nothing to compare
     plans: list[tuple[tuple[bool, int, float], Plan]] = []
     for ratio in ratios:
-        room = capacity_with(problem.capacity, problem.cost.layers, ratio)
+        room = capacity_with(problem.capacity, problem.cost, ratio)
         made = search(problem, name, room)
         if problem.cost.outside_memory and most_moved(made, problem.cost) > problem.cost.outside_memory:
             continue
@@ -71,8 +71,8 @@ def _ratios(problem: Problem, longest: int) -> list[float]:
     if problem.offload == 0 or (fits and not gains):
         return [0.0]
     ratios = sorted({part * problem.offload for part in RATIOS})
-    layers = problem.cost.layers
-    return [r for r in ratios if longest <= problem.world_size * capacity_with(problem.capacity, layers, r)]
+    cost = problem.cost
+    return [r for r in ratios if longest <= problem.world_size * capacity_with(problem.capacity, cost, r)]
 
 
 def _shows(result: Evaluation) -> bool:

@@ -22,20 +22,23 @@ import numpy as np
 
 from hdp.balance import PLANNERS, CostModel, Link, PlanError, Topology
 from hdp.balance.bounds import slot_bound, step_bound
+from hdp.balance.clock import evaluate
 from hdp.balance.cost import TICK
 from hdp.balance.devices import DEVICES, find_device
 from hdp.balance.distributions import DISTRIBUTIONS, draw_lengths, read_lengths, source_tree_lengths
-from hdp.balance.evaluate import Evaluation, evaluate
+from hdp.balance.evaluate import Evaluation
 from hdp.balance.measured import Profile
 from hdp.balance.plan import IntArray, Plan
 from hdp.balance.planners import make_problem
 from hdp.balance.planners import plan as make
+from hdp.balance.planners.recompute import RECOMPUTE
 from hdp.balance.report import describe, table
 
 HELP = "plan one batch: groups, balance, waiting, memory"
 CANNOT_PLAN = 3
 BAD_ARGUMENTS = 2
 CANNOT_WRITE = 1
+LAYERS_KEPT = ("keep_first", "keep_last", "in_flight")
 
 
 class BadArgumentsError(Exception):
@@ -58,6 +61,13 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def whole_number(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+    return int(text)
+
+
 def offload_of(text: str) -> str:
     """``off``, ``auto`` or a ratio, for argparse."""
     try:
@@ -74,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_batch_arguments(parser)
     add_cluster_arguments(parser)
     parser.add_argument("--planner", default="auto", choices=list(PLANNERS), help="default: auto")
+    parser.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        default="off",
+        help="off; auto: layers run again in backward where a document does not fit otherwise; all: all layers but those that"
+        " keep everything, so that micro-batches hold more; default: off",
+    )
     parser.add_argument("--compare", action="store_true", help="run all planners on the batch and print one table")
     parser.add_argument("--json", metavar="OUT", help="write the plan as JSON; - for standard output")
     parser.add_argument("--png", metavar="OUT", help="draw the timeline of the ranks (needs matplotlib)")
@@ -119,6 +136,13 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--copy-bandwidth", type=float, help="bytes per second and rank between device and host")
     parser.add_argument("--host-memory", type=float, help="bytes that a rank may offload; default: unlimited")
     parser.add_argument("--disk-memory", type=float, help="bytes on a local disk beyond --host-memory")
+    parser.add_argument("--keep-first", type=whole_number, help="first layers that keep everything; default: 1")
+    parser.add_argument("--keep-last", type=whole_number, help="last layers that keep everything; default: 1")
+    parser.add_argument(
+        "--in-flight",
+        type=whole_number,
+        help="layers on the device while they leave or return: 2 in hdp's engine; default: 0 (Eq. 3)",
+    )
     parser.add_argument("--overhead", type=float, default=0.0, help="seconds per layer and micro-batch; default: 0")
     parser.add_argument(
         "--offload",
@@ -152,8 +176,8 @@ def cluster_of(arguments: argparse.Namespace) -> tuple[Topology, CostModel]:
 
 
 def _with_tiers(arguments: argparse.Namespace, cost: CostModel) -> CostModel:
-    """Room for what is offloaded, as far as the user gave it."""
-    given = {"host_memory": arguments.host_memory, "disk_memory": arguments.disk_memory}
+    """Room for what is offloaded and layers that are not, as far as the user gave them."""
+    given = {name: getattr(arguments, name) for name in ("host_memory", "disk_memory", *LAYERS_KEPT)}
     cost = replace(cost, **{name: value for name, value in given.items() if value is not None})
     if cost.disk_memory and not cost.host_memory:
         raise PlanError("--disk-memory is what host memory does not hold: give --host-memory as well")
@@ -260,6 +284,7 @@ def _timed(
         regime=arguments.regime,
         planner=name,
         offload=arguments.offload,
+        recompute=arguments.recompute,
         seed=arguments.seed,
     )
     seconds = time.perf_counter() - start
@@ -277,8 +302,10 @@ def _bound(arguments: argparse.Namespace, lengths: IntArray, topology: Topology,
         regime=arguments.regime,
         planner=arguments.planner,
         offload=arguments.offload,
+        recompute=arguments.recompute,
     )
-    if arguments.regime == "slot" and find_spec("scipy") is not None and arguments.offload == "off":
+    keeps = arguments.offload == "off" and arguments.recompute == "off"
+    if arguments.regime == "slot" and find_spec("scipy") is not None and keeps:
         return slot_bound(problem), "barriers counted"
     return step_bound(problem), "barriers not counted" if arguments.regime == "slot" else "work and longest document"
 

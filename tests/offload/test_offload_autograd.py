@@ -237,6 +237,20 @@ def test_kept_operators_are_not_run_again(keep_ops, calls):
     assert count.calls == calls
 
 
+def test_as_many_layers_run_again_as_are_asked_for():
+    model, ids = make_zoo(6), token_ids(48)
+    for again in range(5):
+        with OffloadEngine([HostTier()], min_bytes=512) as engine:
+            with (
+                engine.micro_batch(model, tokens=48, policy="recompute", recompute_layers=again),
+                Count(ATTENTION) as count,
+            ):
+                model(ids).backward()
+        assert count.calls == 6 + again
+    with OffloadEngine([HostTier()]) as engine, pytest.raises(ValueError, match="5 layers are to run again but 4 are"):
+        engine.micro_batch(model, policy="recompute", recompute_layers=5)
+
+
 def test_a_kept_output_that_is_changed_raises():
     class Spoils(nn.Module):
         def __init__(self):

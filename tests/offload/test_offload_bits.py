@@ -35,6 +35,7 @@ SETTINGS = {
     "recompute": {"policy": "recompute"},
     "recompute, inputs stay": {"policy": "recompute", "ratio": 0.0},
     "recompute but attention": {"policy": "recompute", "keep_ops": frozenset({ATTENTION})},
+    "recompute one layer, offload the others": {"policy": "recompute", "recompute_layers": 1, "ratio": 0.5},
     "memo": {"policy": "memo", "memo_fraction": 0.5, "keep_ops": frozenset({ATTENTION})},
 }
 

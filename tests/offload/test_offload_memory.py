@@ -78,6 +78,24 @@ def test_peak_with_recomputation(model, keep_ops):
             assert engine.meter.peak_device == pytest.approx(predicted, rel=0.1)
 
 
+@pytest.mark.parametrize("again", [1, 3, 7])
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_peak_when_some_layers_run_again(model, again, ratio):
+    keep = {"keep_ops": frozenset({ATTENTION})}
+    kept, _ = saved_by_a_layer(model, policy="recompute", **keep)
+    per_layer, everything = saved_by_a_layer(model)
+    layers = len(model.layers)
+    outside = everything - layers * per_layer
+    setting = {"policy": "recompute", "recompute_layers": again, "ratio": ratio}
+    with OffloadEngine([HostTier()], min_bytes=512, copies=shuffled_copies(Shuffle(0, 0.0))) as engine:
+        with engine.micro_batch(model, tokens=TOKENS, **setting, **keep):
+            model(token_ids(TOKENS)).backward()
+    actions = layer_actions(layers, **setting)
+    # What a layer recomputes is checkpoint's, not the engine's.
+    sizes = [LayerBytes(all=0 if action.recompute else per_layer, kept=kept) for action in actions]
+    assert engine.meter.peak_device == pytest.approx(device_bytes(sizes, actions) + outside, rel=0.1)
+
+
 class Chain(nn.Module):
     """Layers whose large outputs are saved by the next operator and by nothing else."""
 

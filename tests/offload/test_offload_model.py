@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hdp.balance.cost import CostModel
-from hdp.balance.memory import eq3, hidden_ratio, moved_bytes, ranks_with
+from hdp.balance.memory import eq3, hidden_ratio, kept_fraction, moved_bytes, ranks_with, recomputed_capacity
 from hdp.offload import LayerAction, LayerProfile, choose, layer_actions
 from hdp.offload.auto import hiding_ratio, memo_fraction, scaled_profile
 from hdp.offload.model import LayerBytes, device_bytes, tier_bytes
@@ -99,6 +99,63 @@ def test_actions_of_each_policy():
     assert layer_actions(2, policy="offload", keep_first=5, keep_last=5) == (keep, keep)
     again = LayerAction(ratio=0.5, recompute=True)
     assert layer_actions(3, policy="recompute", ratio=0.5) == (keep, again, keep)
+
+
+@given(st.integers(0, 40), st.integers(0, 40), st.integers(0, 4), st.integers(0, 4))
+def test_layers_that_run_again_are_spread_evenly(layers, again, first, last):
+    """Of any stretch of layers as many as its part, and the last one only where all do."""
+    inner = max(layers - first - last, 0)
+    options = {"policy": "recompute", "ratio": 0.5, "recompute_layers": again, "keep_first": first, "keep_last": last}
+    if again > inner:
+        with pytest.raises(ValueError, match=f"{again} layers are to run again but {inner} are between"):
+            layer_actions(layers, **options)
+        return
+    actions = layer_actions(layers, **options)
+    middle = actions[first : first + inner] if inner else ()
+    marks = [action.recompute for action in middle]
+    assert sum(marks) == sum(action.recompute for action in actions) == again
+    assert all(action.ratio == 0.5 for action in middle)
+    assert not marks or not marks[-1] or again == inner
+    for start in range(inner):
+        for stop in range(start + 1, inner + 1):
+            assert abs(sum(marks[start:stop]) - again / inner * (stop - start)) < 1
+
+
+@given(st.integers(3, 40), st.integers(0, 10), st.integers(0, 3), st.integers(0, 3), st.sampled_from([100, 300, 999]))
+def test_the_planners_capacity_is_that_of_the_layers(layers, again, first, last, kept):
+    """What planners count for layers that run again is the peak of the walk over layers, without offload exactly."""
+    assume(first + last + again <= layers)
+    model = CostModel(
+        layers=layers, quadratic=1.0, linear=1.0, activation_bytes=1000, recompute_bytes=kept, keep_first=first,
+        keep_last=last, recomputed=again,
+    )  # fmt: skip
+    actions = layer_actions(
+        layers, policy="recompute", ratio=0.0, recompute_layers=again, keep_first=first, keep_last=last
+    )
+    peak = device_bytes([LayerBytes(all=1000, kept=kept)] * layers, actions)
+    tokens = 10**9
+    assert recomputed_capacity(tokens, model) == pytest.approx(tokens * layers * 1000 / peak, rel=1e-6)
+
+
+@given(
+    st.integers(3, 40), st.integers(0, 10), st.integers(0, 3), st.integers(0, 3), st.sampled_from([100, 300, 450]),
+    st.integers(0, 64),
+)  # fmt: skip
+def test_capacity_with_layers_under_way_is_that_of_the_engine(layers, again, first, last, kept, step):
+    """``in_flight=2``: what leaves is on the device for a while. Equal to the walk where nothing runs again."""
+    assume(first + last < layers and first + last + again <= layers)
+    model = CostModel(
+        layers=layers, quadratic=1.0, linear=1.0, activation_bytes=1000, recompute_bytes=kept, keep_first=first,
+        keep_last=last, recomputed=again, in_flight=2,
+    )  # fmt: skip
+    actions = layer_actions(
+        layers, policy="recompute", ratio=step / 64, recompute_layers=again, keep_first=first, keep_last=last
+    )
+    peak = device_bytes([LayerBytes(all=1000, kept=kept)] * layers, actions)
+    said = float(kept_fraction(model, step / 64)) * layers * 1000 * 10**9 / recomputed_capacity(10**9, model)
+    assert said >= peak * 0.995
+    if not again and last:
+        assert said == pytest.approx(peak, rel=5e-3)
 
 
 @given(st.integers(0, 40), st.floats(0, 1))
