@@ -139,6 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         steps=args.steps,
         offload="auto" if args.activations == "plan" else "off",
+        recompute="auto" if args.activations == "plan" else "off",
     )
 
     settings = {"arguments": vars(args), "model": model.config.to_dict(), "parameters": model.num_parameters()}

@@ -61,14 +61,17 @@ class Activations:
         host_bytes: int | None = None,
         ratio: float = 1.0,
         memo_fraction: float | None = None,
+        keep_first: int = 1,
+        keep_last: int = 1,
     ) -> Activations:
         """A store for this rank, its bandwidth measured by all ranks at once; a collective. Close it, or use ``with``.
 
         Call it when the engine has been made: plans by the engine's own assumptions (``hdp.Loader`` without ``cost``) then use
-        the measured bandwidth, and host memory and this rank's share of the free disk as the bound of what leaves.
+        the measured bandwidth, host memory and this rank's share of the free disk as the bound of what leaves, and the layers
+        that keep everything.
 
         Args:
-            folder: on a local disk; None: no disk tier.
+            folder: on a local disk; None: no disk tier. With ``ratio`` 0 nothing leaves and none is needed.
             host_bytes: pinned host memory that this rank may use, on GPUs; None: as much as there is, 0: none.
 
         Raises:
@@ -83,11 +86,22 @@ class Activations:
                     tiers.append(HostTier(budget=host_bytes, device=world.device))
                 if folder is not None:
                     tiers.append(FileTier(folder, device=world.device))
-                if not tiers:
-                    raise ValueError("activations have nowhere to go: give folder=, on a local disk")
-                store = OffloadEngine(tiers, device=world.device)
-                made = cls(store=store, policy=policy, ratio=ratio, memo_fraction=memo_fraction)
-                _measure(world, store, host_bytes)
+                if not tiers and not (ratio == 0.0 and policy in (PLANNED, "recompute", "keep")):
+                    raise ValueError(
+                        "activations have nowhere to go: give folder=, on a local disk, or ratio=0.0 to recompute alone"
+                    )
+                store = OffloadEngine(tiers or [HostTier(budget=0)], device=world.device)
+                made = cls(
+                    store=store,
+                    policy=policy,
+                    ratio=ratio,
+                    memo_fraction=memo_fraction,
+                    keep_first=keep_first,
+                    keep_last=keep_last,
+                )
+                _assume(world, made)
+                if tiers:
+                    _measure(world, store, host_bytes)
         except BaseException:
             if store is not None:
                 store.close()
@@ -100,12 +114,23 @@ class Activations:
     def __exit__(self, *error: object) -> None:
         self.store.close()
 
+    def _check_kept(self, micro_batch: MicroBatch | None) -> None:
+        """Raises ValueError where more layers keep everything than the plan counts on."""
+        kept = self.keep_first + self.keep_last
+        if micro_batch is not None and needs_store(micro_batch) and kept > micro_batch.kept_layers:
+            raise ValueError(
+                f"keep_first {self.keep_first} and keep_last {self.keep_last}: {kept} layers keep everything, the plan has room"
+                f" for {micro_batch.kept_layers}: lower them, or plan with a cost model that has them (Activations.open does)"
+            )
+
     def around(self, model: nn.Module, micro_batch: MicroBatch | None, tokens: int) -> AbstractContextManager[object]:
         """The context for forward and backward of one micro-batch of ``tokens`` tokens."""
-        policy, ratio = self.policy, self.ratio
+        policy, ratio, layers = self.policy, self.ratio, None
         if policy == PLANNED:
             ratio = 0.0 if micro_batch is None else micro_batch.offload_ratio
             recomputes = micro_batch is not None and micro_batch.recompute
+            layers = None if micro_batch is None else micro_batch.recompute_layers
+            self._check_kept(micro_batch)
             policy = "recompute" if recomputes else "offload" if ratio > 0 else "keep"
         if micro_batch is None or policy == "keep":
             return nullcontext()
@@ -115,6 +140,7 @@ class Activations:
             policy=policy,
             tokens=tokens,
             memo_fraction=self.memo_fraction,
+            recompute_layers=layers,
             keep_first=self.keep_first,
             keep_last=self.keep_last,
             keep_ops=frozenset({torch.ops.hdp.attend.default}),
@@ -130,6 +156,14 @@ def check_policy(policy: str) -> None:
     """Raises ValueError for an unknown one."""
     if policy not in (PLANNED, *POLICIES):
         raise ValueError(f"unknown activation policy {policy!r}: choose one of {PLANNED}, {', '.join(POLICIES)}")
+
+
+def _assume(world: World, made: Activations) -> None:
+    """Into what plans assume: the layers that keep everything; nothing leaves until a bandwidth is measured."""
+    if world.assumptions is not None:
+        kept = {"keep_first": made.keep_first, "keep_last": made.keep_last, "in_flight": 2}
+        cost = replace(world.assumptions.cost, copy_bandwidth=0.0, **kept)  # type: ignore[arg-type]
+        world.assumptions = replace(world.assumptions, cost=cost)
 
 
 def _measure(world: World, store: OffloadEngine, host_bytes: int | None) -> None:

@@ -58,7 +58,13 @@ class Engine:
             world.assumptions = assume(model, world.device, world.world_size, compute_dtype(model))
         if world.assumptions is not None and world.runtime.chooser is None:  # for plans with schedule "auto"
             known = world.assumptions
-            world.runtime.chooser = make_chooser(known.topology, flops=known.flops, byte_seconds=known.byte_seconds)
+            world.runtime.chooser = make_chooser(
+                known.topology,
+                flops=known.flops,
+                byte_seconds=known.byte_seconds,
+                message_seconds=known.message_seconds,
+                call_seconds=known.call_seconds,
+            )
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
 
@@ -201,7 +207,7 @@ class Engine:
         if needs_store(work.micro_batch):
             raise ValueError(
                 "the plan offloads or recomputes activations but the engine does not know where to: set"
-                ' engine.activations = Activations(store=...), or plan with offload="off"'
+                ' engine.activations = Activations(store=...), or plan with offload="off" and recompute="off"'
             )
         return contextlib.nullcontext()
 
@@ -222,13 +228,13 @@ class Engine:
             seconds=float(table[:, 1].max()),
             busy_seconds=tuple((table[:, 1] - table[:, 2]).tolist()),
             wait_seconds=tuple(table[:, 2].tolist()),
+            attention_bytes=int(table[:, 4].max()),
             spans=gathered,
         )
 
     def _evaluate_batch(self, batch: PlannedBatch) -> float:
         cache: dict[int, Fields] = {}
         self._begin()
-            attention_bytes=int(table[:, 4].max()),
         total = 0.0
         for work in works(batch.plan, self.world.rank, Arrangement(closing=False)):
             inputs = build_inputs(batch, work.micro_batch, self.world.runtime, self.world.device, cache)

@@ -8,6 +8,7 @@ in one small message.
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from hdp.balance import make_plan
+from hdp.balance import Topology, evaluate, make_plan
+from hdp.balance.cost import default_cost
 from hdp.balance.plan import Plan, PlanError
 from hdp.balance.planners import STOPPED_BY_TIME
+from hdp.balance.report import describe_price
 from hdp.parallel.batch import REDUCTIONS, Documents, Fields, PlannedBatch, read_document
 from hdp.parallel.errors import PlanMismatch
 from hdp.parallel.loss import IGNORE_INDEX
@@ -26,6 +29,8 @@ from hdp.parallel.metrics import gather_numbers
 from hdp.parallel.world import World
 
 Planner = Callable[..., Plan]
+
+logger = logging.getLogger("hdp")
 
 
 class Loader:
@@ -43,8 +48,8 @@ class Loader:
             alike, whatever its number of label tokens.
         start: batches of the same run to skip, for resuming.
         ahead: batches planned in advance, in the background.
-        plan_options: handed to the planner: ``regime``, ``offload``, and ``cost`` and ``topology``, which otherwise are what
-            the engine assumed from its model and device (``world.assumptions``).
+        plan_options: handed to the planner: ``regime``, ``offload``, ``recompute``, and ``cost`` and ``topology``, which
+            otherwise are what the engine assumed from its model and device (``world.assumptions``).
 
     Raises:
         ValueError: no documents, no positive token count or capacity.
@@ -91,6 +96,8 @@ class Loader:
         name = planner if isinstance(planner, str) else "a function"
         run.update(repr((tokens_per_step, capacity, seed, steps, start, name)).encode())
         self._run = run.hexdigest()
+        self._told = False
+        self._prices: dict[tuple[int, ...], list[str]] = {}
 
     def __iter__(self) -> Iterator[PlannedBatch]:
         self._compare_run()
@@ -146,7 +153,9 @@ class Loader:
             if self.steps is not None and step >= self.steps:
                 return
             if step >= self.start:
-                yield indices, self._plan(indices)
+                plan = self._plan(indices)
+                self._prices.pop(indices, None)
+                yield indices, plan
 
     def _draw(self) -> Iterator[tuple[int, ...]]:
         epoch = 0
@@ -171,22 +180,43 @@ class Loader:
 
     def _plan(self, indices: tuple[int, ...]) -> Plan:
         lengths = self.lengths[list(indices)]
-        if isinstance(self.planner, str):
-            return self._make(lengths, make_plan, planner=self.planner)
-        return self._make(lengths, self.planner)
+        if not isinstance(self.planner, str):
+            return self._make(lengths, self.planner)
+        plan = self._make(lengths, make_plan, planner=self.planner)
+        self._note_price(indices, plan)
+        return plan
 
     def _make(self, lengths: np.ndarray, make: Planner, **planner: str) -> Plan:
-        options = dict(self.plan_options)
-        known = self.world.assumptions
-        if planner and known is not None and not {"cost", "topology"} & options.keys():
-            options |= {"cost": known.cost, "topology": known.topology}
+        options = self._options() if planner else self.plan_options
         plan = make(lengths, world_size=self.world.world_size, capacity=self.capacity, **planner, **options)
         if not planner:  # the user's own
             plan.validate()
         return plan
 
+    def _options(self) -> dict[str, Any]:
+        """The user's, and what the engine assumed where the user said nothing."""
+        options, known = dict(self.plan_options), self.world.assumptions
+        if known is not None and not {"cost", "topology"} & options.keys():
+            options |= {"cost": known.cost, "topology": known.topology}
+        return options
+
     def _agree(self, step: int, indices: tuple[int, ...], plan: Plan) -> PlannedBatch:
-        return agree(self.world, step, self.documents, indices, plan, self.reduction, self._run)
+        batch = agree(self.world, step, self.documents, indices, plan, self.reduction, self._run)
+        if lines := self._prices.pop(indices, None):
+            level = logging.INFO if self._told else logging.WARNING
+            logger.log(level, "step %d: %s", step, "; ".join(line.strip() for line in lines))
+            self._told = True
+        return batch
+
+    def _note_price(self, indices: tuple[int, ...], plan: Plan) -> None:
+        """What fits only at a price, and at which: told by rank 0 when the batch is handed out, as a warning the first time."""
+        asked = self.plan_options.get("recompute") == "all"
+        if self.world.rank != 0 or asked or not (plan.offload or plan.recompute):
+            return
+        options = self._options()
+        cost = options.get("cost") or default_cost()
+        topology = options.get("topology") or Topology(world_size=plan.world_size)
+        self._prices[indices] = describe_price(plan, evaluate(plan, cost, topology), cost, topology, names=indices)
 
 
 def agree(
