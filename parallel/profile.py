@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hdp.balance.cost import CostModel
+from hdp.balance.cost import CostModel, recompute_bytes
 from hdp.balance.measured import Profile, Sample, fit, predicted
 from hdp.balance.models import ModelShape, model_shape
 from hdp.balance.topology import Link
@@ -116,6 +116,7 @@ def cost_model(
         window=shape.window,
         window_layers=shape.window_layers,
         activation_bytes=kept,
+        recompute_bytes=min(kept, recompute_bytes(shape, element)),
     )
 
 
