@@ -11,8 +11,31 @@ from hdp.attention.choose import Case, Links, Rates, choose
 from hdp.attention.counts import Sizes
 from hdp.attention.lowered import Geometry
 from hdp.attention.mask import Mask
+from hdp.attention.schedules import SCHEDULES, get_pair, get_schedule
 
 AUTO = "auto"
+SHARED = tuple(name for name in SCHEDULES if name != "local")
+
+
+def parse_schedule(name: str) -> tuple[str, str]:
+    """Forward and backward of ``"ring"``, ``"ring/ring_q"`` or ``"auto"``. Raises ValueError with all names for another one."""
+    if not isinstance(name, str):
+        raise ValueError(
+            f"schedule is {name!r}: give a name, two joined by '/', 'auto', or None for what the plan says"
+        )
+    forward, slash, backward = name.partition("/")
+    names = forward, backward if slash else forward
+    for part in names:
+        if part != AUTO and part.partition(":")[0] not in SHARED:
+            raise ValueError(
+                f"unknown attention schedule {part!r} in schedule={name!r}: choose one of {', '.join((AUTO, *SHARED))}"
+                " (some take a number: 'ulysses:2', 'hybrid:4'), or one forward and one backward, 'ring/ring_q'"
+            )
+        if part != AUTO:
+            get_schedule(part)
+    if AUTO not in names:
+        get_pair(*names)
+    return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +98,27 @@ class Chooser:
             kept_limit=self.kept_limit,
         )
         return choose(case).names
+
+
+def resolve(
+    names: tuple[str, str],
+    chooser: Chooser | None,
+    *,
+    length: int,
+    group: tuple[int, ...],
+    layout: str,
+    geometry: Geometry,
+    mask: Mask,
+) -> tuple[str, str]:
+    """Forward and backward schedule of a shared sequence, with ``"auto"`` chosen. Raises ValueError without a chooser."""
+    if AUTO not in names:
+        return names
+    if chooser is None:
+        raise ValueError(
+            "schedule 'auto' needs to know links and rates, and no chooser does; give a hdp.attention.auto.Chooser, or name a"
+            " schedule"
+        )
+    chosen = chooser.names(length, group, layout, geometry, mask)
+    if names == (AUTO, AUTO):
+        return chosen
+    return (chosen[0], names[1]) if names[0] == AUTO else (names[0], chosen[1])

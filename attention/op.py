@@ -7,6 +7,7 @@ thread-local: CUDA runs backward on other threads, and pipelines interleave micr
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,20 +45,36 @@ def attend(
         [tokens, heads, head_dim], q's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other or the route; what the backend cannot compute.
+        ValueError: shapes or dtypes that do not fit each other or the route; a window below 1 or no whole number; what the
+            backend cannot compute.
     """
     _check(q, k, v, route)
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ValueError(
+            f"window is {window!r}: give a whole number of tokens, the query's own included, so 1 or more; None for no window"
+        )
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}: give the positive bound of the scores, or 0 for none")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    reach = 0 if window is None else int(window)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}: scores are multiplied by a finite number; None for head_dim ** -0.5")
+    reach = 0 if window is None else window
     out, _, _ = torch.ops.hdp.attend(q, k, v, route.handle, scale, causal, reach, float(softcap))
     return out
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, route: Route) -> None:
+    if not isinstance(route, Route):
+        raise ValueError(f"route is a {type(route).__name__}: give the hdp.Route of this micro-batch")
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(
             f"attend takes q [tokens, heads, head_dim] and k, v [tokens, key_heads, head_dim],"
             f" not {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if 0 in (q.shape[1], k.shape[1], q.shape[2]) or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{q.shape[1]} query heads over {k.shape[1]} key/value heads of dimension {q.shape[2]}: heads and their dimension"
+            " are 1 or more, and the first number a multiple of the second"
         )
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k, v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hdp.attention.auto import AUTO, Chooser
+from hdp.attention.auto import Chooser, parse_schedule, resolve
 from hdp.attention.backends import Backend, backend_names, resolve_backend
 from hdp.attention.bound import Bound, Workspace
 from hdp.attention.channel import Channel
@@ -25,7 +25,7 @@ from hdp.attention.lower import Task, lower
 from hdp.attention.lowered import Geometry, Lowered
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_pair
+from hdp.attention.schedules import get_pair, lay_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +38,27 @@ class RouteShard:
     group: tuple[int, ...]
     """Ranks that share it, in ring order."""
     schedule: str = "local"
-    schedule_backward: str = "local"
+    schedule_backward: str | None = None
+    """None: as forward."""
     layout: str = "zigzag"
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Forward and backward schedule."""
+        return self.schedule, self.schedule if self.schedule_backward is None else self.schedule_backward
 
 
 WIRE_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def check_options(backend: str, wire_dtype: torch.dtype | None, schedule: str | None) -> None:
+    """Raises ValueError for what no :class:`AttentionRuntime` can be made with."""
+    if backend not in backend_names():
+        raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(backend_names())}")
+    if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
+        raise ValueError(f"wire_dtype is {wire_dtype!r}: choose torch.bfloat16, torch.float16 or None")
+    if schedule is not None:
+        parse_schedule(schedule)
 
 
 class AttentionRuntime:
@@ -54,9 +70,10 @@ class AttentionRuntime:
         backend: name of the attention backend (see ``hdp.attention.backends``).
         chooser: resolves the schedule ``"auto"``.
         wire_dtype: bf16 or fp16: q, k, v of an fp32 model travel so, at half the bytes; None: as the model computes.
+        schedule: see :attr:`schedule`.
 
     Raises:
-        ValueError: an unknown backend, or a wire dtype that saves nothing.
+        ValueError: an unknown backend or schedule, or a wire dtype that saves nothing.
     """
 
     def __init__(
@@ -67,25 +84,52 @@ class AttentionRuntime:
         backend: str = "auto",
         wire_dtype: torch.dtype | None = None,
         chooser: Chooser | None = None,
+        schedule: str | None = None,
     ) -> None:
-        if backend not in backend_names():
-            raise ValueError(f"unknown attention backend {backend!r}: choose one of {', '.join(backend_names())}")
-        if wire_dtype is not None and wire_dtype not in WIRE_DTYPES:
-            raise ValueError(f"wire_dtype is {wire_dtype}: choose torch.bfloat16, torch.float16 or None")
+        check_options(backend, wire_dtype, schedule)
         self.rank, self.channel, self.device, self.backend_name = rank, channel, device, backend
         self.wire_dtype, self.chooser = wire_dtype, chooser
         self.schedule: str | None = None
         """Schedule of all shared sequences, whatever the plan says: a name, two joined by "/" (forward/backward), "auto"."""
+        self.ranks_per_node: int | None = None
+        """Ranks r with the same r // ranks_per_node share a node; None: all do. The same on all ranks."""
         self.workspace = Workspace(device)
         self._executors: dict[torch.dtype, Executor] = {}
+
+    @property
+    def schedule(self) -> str | None:
+        """Schedule of all shared sequences, whatever the plan says: a name, two joined by "/" (forward/backward), or "auto".
+        None: the plan's. Raises ValueError when it is set to another name."""
+        return self._schedule
+
+    @schedule.setter
+    def schedule(self, name: str | None) -> None:
+        self._fixed = None if name is None else parse_schedule(name)
+        self._schedule = name
+
+    def schedules(self, shard: RouteShard, key: LayerKey) -> tuple[str, str]:
+        """Forward and backward schedule of a sequence, as this runtime runs it. Raises ValueError if ``"auto"`` cannot be
+        resolved."""
+        if len(shard.group) == 1:
+            return "local", "local"
+        try:
+            return resolve(
+                self._fixed or shard.names,
+                self.chooser,
+                length=shard.length,
+                group=shard.group,
+                layout=shard.layout,
+                geometry=key.geometry(self.wire_dtype_for(key.dtype)),
+                mask=key.mask,
+            )
+        except ValueError as error:
+            raise ValueError(f"sequence {shard.sequence}: {error}") from error
 
     def executor(self, dtype: torch.dtype) -> Executor:
         """Runs programs of this dtype. Raises ValueError if no backend, or not the one asked for, can."""
         if dtype not in self._executors:
             backend = resolve_backend(self.backend_name, self.device, dtype)
             self._executors[dtype] = Executor(backend, self.channel)
-        self.ranks_per_node: int | None = None
-        """Ranks r with the same r // ranks_per_node share a node; None: all do. The same on all ranks."""
         return self._executors[dtype]
 
     def backend(self, dtype: torch.dtype) -> Backend:
@@ -100,6 +144,31 @@ class AttentionRuntime:
     def peak_bytes(self) -> int:
         """Size of the arena: the most that received and travelling buffers of a program have needed."""
         return self.workspace.peak_bytes
+
+
+def check_shards(shards: Sequence[RouteShard], rank: int) -> None:
+    """Raises ValueError for shards that cannot lie in one micro-batch of ``rank``.
+
+    All sharers must list their common sequences in one order: rounds follow it, and another order on one rank would let it
+    take one sequence's keys for another's.
+    """
+    before: int | None = None
+    for shard in shards:
+        where = f"sequence {shard.sequence}"
+        if before is not None and shard.sequence <= before:
+            what = "is listed twice" if shard.sequence == before else f"is listed after sequence {before}"
+            raise ValueError(
+                f"{where} {what}: give each sequence once, in ascending order, as on every rank that shares it"
+            )
+        before = shard.sequence
+        if shard.length < 0:
+            raise ValueError(f"{where} has length {shard.length}: give the tokens of the whole sequence, 0 or more")
+        if len(set(shard.group)) < len(shard.group):
+            raise ValueError(f"{where} is shared by ranks {shard.group}: name every rank once")
+        if rank not in shard.group:
+            raise ValueError(
+                f"{where} is shared by ranks {shard.group}, and this is rank {rank}: list only what this rank has a part of"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +195,14 @@ class Route:
         runtime: the process's runtime.
         shards: this rank's shards in the order of their packed tokens; ascending sequence, as on every sharer.
         serial: numbers that tell this micro-batch from others and are the same on all sharers, e.g. (step, slot).
+
+    Raises:
+        ValueError: shards out of order, a group that this rank is no member of or that names a rank twice, a negative length.
     """
 
     def __init__(self, runtime: AttentionRuntime, shards: Sequence[RouteShard], serial: tuple[int, ...] = (0,)) -> None:
         self.runtime, self.shards, self.serial = runtime, tuple(shards), serial
+        check_shards(self.shards, runtime.rank)
         self._calls = {False: itertools.count(), True: itertools.count()}
         self._programs: dict[tuple[LayerKey, bool], Bound] = {}
         self.tokens = sum(self._layout(s).shard_tokens(s.group.index(runtime.rank)) for s in self.shards)
@@ -155,8 +228,9 @@ class Route:
         """The program as data, before it is bound to tensors."""
         tasks, row = [], 0
         for shard in self.shards:
-            layout, member = self._layout(shard), shard.group.index(self.runtime.rank)
-            pair = get_pair(*self.schedules(shard, key))
+            names, member = self.schedules(shard, key), shard.group.index(self.runtime.rank)
+            layout = lay_out(self._layout(shard), key.mask, names[backward])
+            pair = get_pair(*names)
             make = pair.backward if backward else pair.forward
             tasks.append(
                 Task(
@@ -175,25 +249,7 @@ class Route:
 
     def schedules(self, shard: RouteShard, key: LayerKey) -> tuple[str, str]:
         """Forward and backward schedule of one sequence, ``"auto"`` resolved. Raises ValueError if it cannot be."""
-        runtime = self.runtime
-        if len(shard.group) == 1:
-            return "local", "local"
-        names = shard.schedule, shard.schedule_backward
-        if runtime.schedule is not None:
-            forward, _, backward = runtime.schedule.partition("/")
-            names = forward, backward or forward
-        if AUTO not in names:
-            return names
-        if runtime.chooser is None:
-            raise ValueError(
-                f"sequence {shard.sequence}: schedule 'auto' needs to know links and rates, and this runtime has no chooser;"
-                " give AttentionRuntime a hdp.attention.auto.Chooser, or name a schedule"
-            )
-        geometry = key.geometry(runtime.wire_dtype_for(key.dtype))
-        chosen = runtime.chooser.names(shard.length, shard.group, shard.layout, geometry, key.mask)
-        if names == (AUTO, AUTO):
-            return chosen
-        return (chosen[0], names[1]) if names[0] == AUTO else (names[0], chosen[1])
+        return self.runtime.schedules(shard, key)
 
     @staticmethod
     def _layout(shard: RouteShard) -> Layout:

@@ -11,6 +11,7 @@ import queue
 import re
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -73,12 +74,13 @@ class TorchChannel:
         # Receives first: a send that finds its receive posted needs no second handshake.
         for packet, tensor in receives:
             lane, works = self.lanes[packet.lane], ticket.late if packet.late else ticket.receives
+            its = _tag(packet, tensor, tag)
             for piece in _pieces(tensor):
-                works.append((packet, self._start(lane.recv, piece, packet, tag)))
+                works.append((packet, self._start(lane.recv, piece, packet, its)))
         for packet, tensor in sends:
-            lane = self.lanes[packet.lane]
+            lane, its = self.lanes[packet.lane], _tag(packet, tensor, tag)
             for piece in _pieces(tensor):
-                ticket.sends.append((packet, self._start(lane.send, piece, packet, tag)))
+                ticket.sends.append((packet, self._start(lane.send, piece, packet, its)))
         return ticket
 
     def _start(self, operation: Callable[..., dist.Work], piece: Tensor, packet: Packet, tag: int) -> dist.Work:
@@ -208,6 +210,16 @@ def _await(ticket: Ticket) -> None:
                 return
     finally:
         ticket.arrived.set()
+
+
+def _tag(packet: Packet, tensor: Tensor, tag: int) -> int:
+    """Tells messages of one round apart by what they carry.
+
+    Ranks whose routes differ (other sequences, schedules, sizes) then wait for each other until the timeout, whose error names
+    the sequence, and do not take one thing for another.
+    """
+    content = f"{packet.sequence} {packet.what} {tensor.numel()} {tensor.dtype}"
+    return zlib.crc32(content.encode(), tag) & 0x7FFFFFFF
 
 
 def _pieces(tensor: Tensor) -> list[Tensor]:

@@ -25,6 +25,13 @@ BYTE_SECONDS = {"cpu": 5e-10}
 """What a byte sent or received takes from computation: on a CPU the same core copies it (ring over four hosts on gloo, AMD
 EPYC, 2026-11-22); a GPU's network card does without."""
 
+MESSAGE_SECONDS = {"cpu": 1.2e-4}
+CALL_SECONDS = {"cpu": 7e-5}
+"""What a message and a kernel call take from a whole core beyond their bytes and their work: on half cores 237 to 700 us a
+message and 150 us a call were fitted to measured steps (``benchmarks/attention.py``, gloo, AMD EPYC, 2026-11-25)."""
+HOST_SECONDS = 1e-5
+"""The same on the host of a GPU, an estimate."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
@@ -38,6 +45,10 @@ class Assumptions:
     """Name in the table of devices."""
     byte_seconds: float = 0.0
     """What a byte sent or received takes from computation."""
+    message_seconds: float = HOST_SECONDS
+    """Seconds on the host of each message sent or received, whatever its size."""
+    call_seconds: float = HOST_SECONDS
+    """Seconds on the host of each kernel call, whatever its work."""
 
 
 def assume(model: nn.Module, device: torch.device, world_size: int, dtype: torch.dtype) -> Assumptions | None:
@@ -64,6 +75,8 @@ def assume(model: nn.Module, device: torch.device, world_size: int, dtype: torch
         flops=flops,
         device=name,
         byte_seconds=BYTE_SECONDS.get(device.type, 0.0),
+        message_seconds=MESSAGE_SECONDS.get(device.type, HOST_SECONDS),
+        call_seconds=CALL_SECONDS.get(device.type, HOST_SECONDS),
     )
 
 

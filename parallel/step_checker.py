@@ -19,8 +19,10 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from hdp.attention.auto import Chooser, parse_schedule, resolve
 from hdp.attention.exchange import Message, SharedSequence, program_rounds
 from hdp.attention.layout import make_layout
+from hdp.attention.lowered import Geometry
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
 from hdp.attention.schedules import get_pair
@@ -29,7 +31,35 @@ from hdp.parallel.arrangement import Arrangement, ArrangementError, Work, arrang
 
 ROOT = -1
 """The root module (embedding and output head) among the layers."""
-HEADS = HeadCount(query=4, key=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """What beside the plan decides which programs run: the model's layers, and what ``hdp.init`` was told."""
+
+    masks: tuple[Mask, ...] = (Mask(),)
+    """By layer; the last stands for all that follow."""
+    heads: HeadCount = field(default_factory=lambda: HeadCount(query=4, key=2))
+    head_dim: int = 64
+    dtype_bytes: int = 4
+    """Of an element of q, k, v."""
+    schedule: str | None = None
+    """``world.runtime.schedule``."""
+    chooser: Chooser | None = None
+    """``world.runtime.chooser``: resolves ``"auto"``."""
+
+    def mask(self, layer: int) -> Mask:
+        return self.masks[min(layer, len(self.masks) - 1)]
+
+    def names(
+        self, names: tuple[str, str], length: int, group: tuple[int, ...], layout: str, mask: Mask
+    ) -> tuple[str, str]:
+        """The schedules that a sequence runs whose plan says ``names``."""
+        if self.schedule is not None:
+            names = parse_schedule(self.schedule)
+        size = self.dtype_bytes
+        geometry = Geometry(heads=self.heads, head_dim=self.head_dim, model_bytes=size, sum_bytes=max(size, 4))
+        return resolve(names, self.chooser, length=length, group=group, layout=layout, geometry=geometry, mask=mask)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,47 +115,60 @@ class Exchange:
 
 Action = Launch | Await | Exchange
 Calls = Mapping[
-    tuple[int, int, bool], Sequence[Sequence[Message]]
-]  # (rank, slot, backward): grouped calls of one layer
+    tuple[int, int, bool, Mask], Sequence[Sequence[Message]]
+]  # (rank, slot, backward, mask): grouped calls of one layer
 
 
-def check_step(plan: Plan, collectives: Collectives, arrangement: Arrangement | None = None) -> None:
-    """Raises :class:`ArrangementError`, with the ranks and where they stand, unless one step of ``plan`` runs through."""
-    run_together(step_actions(plan, collectives, arrangement))
+def check_step(
+    plan: Plan,
+    collectives: Collectives,
+    arrangement: Arrangement | None = None,
+    attention: Attention = Attention(),
+) -> None:
+    """Raises :class:`ArrangementError`, with the ranks and where they stand, unless one step of ``plan`` runs through.
+
+    Raises ValueError for ``"auto"``, in the plan or in ``attention``, without a chooser.
+    """
+    run_together(step_actions(plan, collectives, arrangement, attention))
 
 
 def step_actions(
-    plan: Plan, collectives: Collectives, arrangement: Arrangement | None = None
+    plan: Plan,
+    collectives: Collectives,
+    arrangement: Arrangement | None = None,
+    attention: Attention = Attention(),
 ) -> dict[int, list[Action]]:
     """By rank what it does in one step, in order."""
     if arrangement is None:
         arrangement = arrange(plan) if collectives.engine == "fsdp" else Arrangement(closing=False)
-    calls = _calls(plan)
+    masks = {attention.mask(layer) for layer in range(collectives.layers)}
+    calls = {key: rounds for mask in masks for key, rounds in _calls(plan, attention, mask).items()}
     return {
-        rank: _RankStep(plan, rank, works(plan, rank, arrangement), collectives, calls).lay_out()
+        rank: _RankStep(plan, rank, works(plan, rank, arrangement), collectives, attention, calls).lay_out()
         for rank in range(plan.world_size)
     }
 
 
-def _calls(plan: Plan) -> Calls:
-    found: dict[tuple[int, int, bool], Sequence[Sequence[Message]]] = {}
-    slots: dict[int, dict[int, tuple[int, tuple[int, ...], str, str]]] = defaultdict(dict)
+def _calls(plan: Plan, attention: Attention, mask: Mask) -> Calls:
+    found: dict[tuple[int, int, bool, Mask], Sequence[Sequence[Message]]] = {}
+    slots: dict[int, dict[int, tuple[int, tuple[int, ...], tuple[str, str]]]] = defaultdict(dict)
     for rank in range(plan.world_size):
         for micro_batch in plan.micro_batches(rank):
             for s in micro_batch.shards:
-                slots[micro_batch.slot][s.sequence] = (s.length, s.group, s.schedule, s.schedule_backward)
+                slots[micro_batch.slot][s.sequence] = (s.length, s.group, (s.schedule, s.schedule_backward))
     for slot, sequences in slots.items():
         for backward in (False, True):
             shared = []
-            for number, (length, group, *names) in sequences.items():
+            for number, (length, group, names) in sequences.items():
                 if len(group) == 1:
                     continue
-                layout, pair = make_layout(plan.layout, length, len(group)), get_pair(*names)
+                layout = make_layout(plan.layout, length, len(group))
+                pair = get_pair(*attention.names(names, length, group, plan.layout, mask))
                 make = pair.backward if backward else pair.forward
-                programs = [make(layout, Mask(), HEADS, member) for member in range(len(group))]
+                programs = [make(layout, mask, attention.heads, member) for member in range(len(group))]
                 shared.append(SharedSequence(number=number, group=group, programs=programs))
             for rank, rounds in program_rounds(shared).items():
-                found[rank, slot, backward] = [call for call in rounds if call]
+                found[rank, slot, backward, mask] = [call for call in rounds if call]
     return found
 
 
@@ -135,6 +178,7 @@ class _RankStep:
     rank: int
     works: Sequence[Work]
     collectives: Collectives
+    attention: Attention
     calls: Calls
     actions: list[Action] = field(default_factory=list)
     launched: int = 0
@@ -161,7 +205,7 @@ class _RankStep:
                     self._gather(module + 1)
             self._use(module)
             if module != ROOT:
-                self._attend(work, backward=False)
+                self._attend(work, module, backward=False)
 
     def _backward(self, work: Work, fsdp: bool) -> None:
         for module in reversed(range(self.collectives.layers)):
@@ -171,8 +215,8 @@ class _RankStep:
                 if module > 0:
                     self._gather(module - 1)
             if self.collectives.recomputes:
-                self._attend(work, backward=False)
-            self._attend(work, backward=True)
+                self._attend(work, module, backward=False)
+            self._attend(work, module, backward=True)
             if fsdp and work.reduces:
                 self._reduce(module)
         if work.reduces:
@@ -208,9 +252,10 @@ class _RankStep:
         self.actions += [Await(number) for number in self.reductions]
         self.reductions.clear()
 
-    def _attend(self, work: Work, backward: bool) -> None:
+    def _attend(self, work: Work, layer: int, backward: bool) -> None:
         if work.micro_batch is not None:
-            for call in self.calls.get((self.rank, work.micro_batch.slot, backward), ()):
+            key = (self.rank, work.micro_batch.slot, backward, self.attention.mask(layer))
+            for call in self.calls.get(key, ()):
                 self.actions.append(Exchange(tuple(call)))
 
 

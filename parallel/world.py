@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from hdp.attention.route import AttentionRuntime
+from hdp.attention.route import AttentionRuntime, check_options
 from hdp.parallel.channel import LANES, TorchChannel
 from hdp.parallel.costs import Assumptions
 from hdp.parallel.guard import Guard
@@ -63,6 +63,8 @@ def init(
     backend: str = "auto",
     device: str | torch.device | None = None,
     tensor_parallel: int = 1,
+    schedule: str | None = None,
+    wire_dtype: torch.dtype | None = None,
 ) -> World:
     """Joins the job that torchrun started, or starts one of a single rank.
 
@@ -72,12 +74,17 @@ def init(
         device: None: this rank's GPU if there is one, else the CPU.
         tensor_parallel: neighbouring ranks that hold slices of one model; they run the same micro-batches with fewer heads.
             Split the model with ``parallelize_module(model, world.mesh["tp"], ...)`` before ``hdp.shard``.
+        schedule: how shared sequences are computed: a name (``"ring"``), one forward and one backward (``"ring/ring_q"``), or
+            ``"auto"``, which chooses for each by cost; see ``hdp.attention.schedules``. None: as the plan says, a ring.
+        wire_dtype: bf16 or fp16: q, k and v of an fp32 model travel so, at half the bytes. None: as the model computes.
 
     Raises:
-        ValueError: a timeout that is not positive, a tensor_parallel that does not divide the ranks.
+        ValueError: a timeout that is not positive, a tensor_parallel that does not divide the ranks, an unknown backend or
+            schedule, a wire dtype that saves nothing, a schedule or wire dtype that is another on another rank.
     """
     if timeout <= 0:
         raise ValueError(f"timeout is {timeout} s: give the seconds after which a silent rank counts as lost")
+    check_options(backend, wire_dtype, schedule)  # before anybody waits for this rank
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     place = _device(device, local_rank)
     owns, generation = not dist.is_initialized(), next(_GENERATIONS)
@@ -91,6 +98,7 @@ def init(
     for lane in lanes:  # connects all peers now, not in the middle of the first step
         dist.all_reduce(torch.zeros(1, device=place), group=lane)
     channel = TorchChannel(rank, lanes, place)
+    _check_agreement(control, schedule=schedule, wire_dtype=wire_dtype)
     _register_transformers()
     runtime = AttentionRuntime(rank, channel, place, backend)
     runtime.ranks_per_node = _ranks_per_node(control, world_size, tensor_parallel)
@@ -116,6 +124,19 @@ def _ranks_per_node(control: dist.ProcessGroup, world_size: int, tensor_parallel
     dist.all_reduce(both, op=dist.ReduceOp.MAX, group=control)
     most, least = int(both[0]), -int(both[1])
     return most if 0 < least == most < world_size else None
+
+
+def _check_agreement(control: dist.ProcessGroup, **settings: object) -> None:
+    """Raises ValueError, on every rank, if ranks were given different settings: they would send what nobody expects."""
+    mine = {name: str(value) for name, value in settings.items()}
+    found: list[dict[str, str]] = [{} for _ in range(control.size())]
+    dist.all_gather_object(found, mine, group=control)
+    for rank, theirs in enumerate(found):
+        for name, value in theirs.items():
+            if value != found[0][name]:
+                raise ValueError(
+                    f"hdp.init: {name} is {found[0][name]} on rank 0, {value} on rank {rank}: give all ranks the same"
+                )
 
 
 def _mesh(device: torch.device, world_size: int, tensor_parallel: int) -> DeviceMesh:

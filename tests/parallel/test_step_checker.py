@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from engines import CollectiveRecorder, make_engine, make_model, plan_batch, regime_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,10 +14,24 @@ from tiny import make_documents
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 import hdp
+from hdp.attention.auto import Chooser
+from hdp.attention.choose import Links
 from hdp.attention.exchange import Message
+from hdp.attention.mask import Mask
 from hdp.balance import Plan, make_plan
 from hdp.parallel.arrangement import Arrangement, ArrangementError
-from hdp.parallel.step_checker import Await, Collectives, Exchange, Launch, check_step, run_together, step_actions
+from hdp.parallel.costs import assume
+from hdp.parallel.schedules import make_chooser
+from hdp.parallel.step_checker import (
+    Attention,
+    Await,
+    Collectives,
+    Exchange,
+    Launch,
+    check_step,
+    run_together,
+    step_actions,
+)
 
 SCHEDULES = ("ring", "token_ring", "direct", "all_gather", "ulysses")
 
@@ -163,9 +179,17 @@ GROUPS = {
 }
 
 
+def _windowed(reach: int | None, module: Any, arguments: Any, keywords: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return arguments, {**keywords, "sliding_window": reach}
+
+
 def record(world: hdp.World, name: str, plan: Plan, options: dict[str, Any]) -> list[Any]:
     """Launches and grouped calls of this rank in one step, in order."""
     name, model = name.partition(",")[0], make_model()
+    world.runtime.schedule = options.pop("schedule", None)
+    if window := options.pop("window", None):
+        for layer, reach in zip(model.model.layers, window, strict=True):
+            layer.self_attn.register_forward_pre_hook(partial(_windowed, reach), with_kwargs=True)
     if options.pop("checkpointing", False):
         model.gradient_checkpointing_enable()
     if options.pop("offload", False):
@@ -174,7 +198,7 @@ def record(world: hdp.World, name: str, plan: Plan, options: dict[str, Any]) -> 
     else:
         engine = make_engine(world, name, model, **options)
     documents = make_documents(plan.lengths.tolist())
-    batch = plan_batch(world, engine, documents, 200, planner=lambda *_, **__: plan)
+    batch = plan_batch(world, engine, documents, 2000, planner=lambda *_, **__: plan)
     with CollectiveRecorder() as recorder:
         post = world.channel.post
 
@@ -199,9 +223,9 @@ def record(world: hdp.World, name: str, plan: Plan, options: dict[str, Any]) -> 
     return found
 
 
-def predicted(plan: Plan, collectives: Collectives) -> dict[int, list[Any]]:
+def predicted(plan: Plan, collectives: Collectives, attention: Attention) -> dict[int, list[Any]]:
     found: dict[int, list[Any]] = {}
-    for rank, actions in step_actions(plan, collectives).items():
+    for rank, actions in step_actions(plan, collectives, attention=attention).items():
         found[rank] = []
         for action in actions:
             if isinstance(action, Exchange):
@@ -219,10 +243,48 @@ def test_ranks_do_what_was_checked(ranks, case, groups):
     name = case.partition(",")[0]
     plan = by_hand(world, *GROUPS[groups], regime=regime_of(name))
     check_step(plan, collectives)
-    wanted = predicted(plan, collectives)
+    wanted = predicted(plan, collectives, Attention())
     for rank, found in enumerate(ranks(world).run(record, case, plan, options)):
         if name == "ddp":  # its buckets are not its layers
             assert [f for f in found if f[0] == "exchange"] == [w for w in wanted[rank] if w[0] == "exchange"]
             assert found[-1] == ("launch", "reduction over replicas")
         else:
             assert found == wanted[rank], rank
+
+
+CHOOSER = Chooser(links=Links(inner_rate=1e9, outer_rate=1e9), flops=1e11)
+
+
+@pytest.mark.parametrize("schedule", ["ulysses", "direct", "ring/ring_q", "auto", "auto/token_ring"])
+def test_ranks_do_what_was_checked_with_a_schedule_of_their_own(ranks, schedule):
+    """A schedule for all sequences, whatever the plan says, resolved by the chooser that the engine set."""
+    plan = by_hand(3, [(0, 1, 2), (1,), (1, 0), (0,)], [0, 1, 2, 2])
+    known = assume(make_model(), torch.device("cpu"), 3, torch.float32)
+    chooser = make_chooser(
+        known.topology, flops=known.flops, byte_seconds=known.byte_seconds, message_seconds=known.message_seconds,
+        call_seconds=known.call_seconds,
+    )  # fmt: skip
+    attention = Attention(head_dim=16, schedule=schedule, chooser=chooser)
+    check_step(plan, Collectives(), attention=attention)
+    wanted = predicted(plan, Collectives(), attention)
+    assert wanted != predicted(plan, Collectives(), Attention())  # or this test would show nothing
+    for rank, found in enumerate(ranks(3).run(record, "fsdp-step", plan, {"schedule": schedule})):
+        assert found == wanted[rank], rank
+
+
+def test_ranks_do_what_was_checked_under_windows(ranks):
+    """Layers with and without a window send different things: a narrow one looks at neighbours alone."""
+    plan = by_hand(3, [(0, 1, 2), (1,)], [0, 1], lengths=[120, 9], schedule="direct")
+    attention = Attention(head_dim=16, masks=(Mask(window=5), Mask()))
+    check_step(plan, Collectives(), attention=attention)
+    wanted = predicted(plan, Collectives(), attention)
+    assert wanted != predicted(plan, Collectives(), Attention(masks=(Mask(), Mask(window=5))))
+    for rank, found in enumerate(ranks(3).run(record, "fsdp-step", plan, {"window": (5, None)})):
+        assert found == wanted[rank], rank
+
+
+def test_a_plan_that_leaves_the_choice_is_checked_with_a_chooser():
+    plan = by_hand(3, [(0, 1, 2), (1, 2), (0,)], [0, 1, 1], schedule="auto")
+    with pytest.raises(ValueError, match="schedule 'auto' needs to know links and rates"):
+        check_step(plan, Collectives())
+    check_step(plan, Collectives(), attention=Attention(chooser=CHOOSER))

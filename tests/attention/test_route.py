@@ -1,0 +1,99 @@
+"""What a route and the function on it refuse, and ranks whose routes do not agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import Ranks
+
+import hdp
+from hdp.attention.channel import VirtualNetwork
+from hdp.attention.layout import make_layout
+from hdp.attention.mask import Mask
+from hdp.attention.program import HeadCount
+from hdp.attention.route import AttentionRuntime, LayerKey, Route, RouteShard
+
+CPU = torch.device("cpu")
+KEY = LayerKey(heads=HeadCount(query=4, key=2), head_dim=8, dtype=torch.float32, mask=Mask())
+
+
+def runtime(**options) -> AttentionRuntime:
+    return AttentionRuntime(0, VirtualNetwork().channel(0), CPU, **options)
+
+
+def shard(sequence: int = 0, length: int = 10, group: tuple[int, ...] = (0, 1), **fields) -> RouteShard:
+    return RouteShard(sequence=sequence, length=length, group=group, **{"schedule": "ring", **fields})
+
+
+@pytest.mark.parametrize(
+    ("shards", "message"),
+    [
+        ([shard(5), shard(1)], "sequence 1 is listed after sequence 5: give each sequence once, in ascending order"),
+        ([shard(1), shard(1)], "sequence 1 is listed twice"),
+        ([shard(group=(0, 0))], r"sequence 0 is shared by ranks \(0, 0\): name every rank once"),
+        ([shard(group=(1, 2))], r"sequence 0 is shared by ranks \(1, 2\), and this is rank 0"),
+        ([shard(length=-1)], "sequence 0 has length -1"),
+    ],
+)
+def test_shards_that_cannot_be_one_micro_batch(shards, message):
+    with pytest.raises(ValueError, match=message):
+        Route(runtime(), shards)
+
+
+@pytest.mark.parametrize("schedule", ["ring", "ulysses:2", "direct"])
+def test_backward_follows_forward_unless_it_is_named(schedule):
+    route = Route(runtime(), [shard(schedule=schedule)])
+    assert route.schedules(route.shards[0], KEY) == (schedule, schedule)
+    other = Route(runtime(), [shard(schedule=schedule, schedule_backward="ring_q")])
+    assert other.schedules(other.shards[0], KEY) == (schedule, "ring_q")
+
+
+def attend(heads: int = 4, key_heads: int = 2, dim: int = 8, **options) -> torch.Tensor:
+    q, k, v = (torch.ones(10, n, dim) for n in (heads, key_heads, key_heads))
+    return hdp.attend(q, k, v, **{"route": Route(runtime(), [shard(group=(0,))]), **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window is 0: give a whole number of tokens"),
+        ({"window": -3}, "window is -3"),
+        ({"window": 2.7}, r"window is 2\.7"),
+        ({"window": True}, "window is True"),
+        ({"softcap": -30.0}, r"softcap is -30\.0"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"heads": 0}, "0 query heads over 2 key/value heads"),
+        ({"key_heads": 0}, "4 query heads over 0 key/value heads"),
+        ({"dim": 0}, "of dimension 0"),
+        ({"route": None}, "route is a NoneType: give the hdp.Route of this micro-batch"),
+    ],
+)
+def test_attend_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        attend(**options)
+    assert attend(window=1).shape == (10, 4, 8)
+
+
+def disagree(world: hdp.World, other: dict) -> str:
+    """Both ranks share a sequence of 16 tokens; rank 1 describes it in another way."""
+    length, sequence, schedule = 16, 3, "ring"
+    if world.rank == 1:
+        length, sequence, schedule = (
+            other.get(k, v) for k, v in (("length", 16), ("sequence", 3), ("schedule", "ring"))
+        )
+    route = Route(world.runtime, [shard(sequence, length, schedule=schedule)])
+    tokens = make_layout("zigzag", length, 2).shard_tokens(world.rank)
+    try:
+        hdp.attend(*(torch.randn(tokens, n, 8) for n in (4, 2, 2)), route=route)
+    except hdp.PeerError as error:
+        return str(error)
+    return "computed"
+
+
+@pytest.mark.parametrize("other", [{"sequence": 4}, {"length": 17}, {"length": 18}, {"schedule": "ulysses"}], ids=str)
+def test_ranks_that_describe_a_sequence_in_two_ways_end_in_an_error(other):
+    """Whatever each sends, the other takes it for nothing else."""
+    with Ranks(2, timeout=4.0) as two:
+        for outcome in two.outcomes(disagree, other):
+            text = outcome.value or outcome.error
+            assert f"rank {outcome.rank}, " in text and ("sequence 3" in text or "sequence 4" in text), outcome

@@ -1,0 +1,103 @@
+"""Options of ``hdp.init`` that decide how shared sequences are computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engines import make_engine, make_model, plan_batch
+from harness import Ranks
+from tiny import make_documents
+
+import hdp
+from hdp.balance import Plan
+
+LENGTHS, GROUPS, SLOTS = [90, 61, 9, 17], [(0, 1), (1, 0), (0,), (1,)], [0, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"schedule": "rign"},
+            "unknown attention schedule 'rign' .* choose one of auto, ring, ring_q, token_ring, direct",
+        ),
+        ({"schedule": "ring/"}, "unknown attention schedule ''"),
+        ({"schedule": "hybrid"}, "needs a whole number after the colon"),
+        ({"schedule": "ring/ulysses"}, "starts from what its own forward keeps"),
+        ({"schedule": "local"}, "unknown attention schedule 'local'"),
+        ({"wire_dtype": torch.float32}, "wire_dtype is torch.float32: choose torch.bfloat16"),
+        ({"wire_dtype": "bf16"}, "wire_dtype is 'bf16'"),
+        ({"backend": "flashattn"}, "unknown attention backend 'flashattn'"),
+    ],
+)
+def test_refused_before_anybody_is_waited_for(options, message):
+    with pytest.raises(ValueError, match=message):
+        hdp.init(**options)
+    assert not torch.distributed.is_initialized()
+
+
+def again(world: hdp.World, **options: Any) -> hdp.World:
+    """The same ranks in a job with other options."""
+    world.close()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return hdp.init(timeout=20.0, device="cpu", **options)
+
+
+def joined(world: hdp.World, options: list[dict[str, Any]]) -> str:
+    try:
+        again(world, **options[world.rank]).close()
+    except ValueError as error:
+        return str(error)
+    return "joined"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([{"schedule": "auto"}, {}], "hdp.init: schedule is auto on rank 0, None on rank 1: give all ranks the same"),
+        ([{}, {"wire_dtype": torch.bfloat16}], "wire_dtype is None on rank 0, torch.bfloat16 on rank 1"),
+        ([{"schedule": "ring/ring_q"}] * 2, "joined"),
+    ],
+)
+def test_ranks_must_agree(options, message):
+    with Ranks(2) as two:
+        assert all(message in found for found in two.run(joined, options))
+
+
+def step(world: hdp.World, options: dict[str, Any]) -> tuple[float, float, int]:
+    """Loss, gradient norm and bytes that this rank sent in attention, of a step whose plan says ring."""
+    world = again(world, **options)
+    engine = make_engine(world, "fsdp-step", make_model("gqa"))
+    plan = Plan.from_groups(LENGTHS, GROUPS, SLOTS, world_size=2, capacity=200, regime="step", planner="by hand")
+    batch = plan_batch(world, engine, make_documents(LENGTHS), 200, planner=lambda *_, **__: plan)
+    before = world.channel.sent_bytes
+    loss = engine.forward_backward(batch).loss
+    return loss, float(engine.clip_grad_norm_(1.0)), world.channel.sent_bytes - before
+
+
+@pytest.fixture(scope="module")
+def by_plan() -> list[tuple[float, float, int]]:
+    with Ranks(2) as two:
+        return two.run(step, {})
+
+
+@pytest.mark.parametrize("schedule", ["ring", "ring/ring_q", "ulysses", "direct", "auto"])
+def test_a_schedule_for_all_shared_sequences(by_plan, schedule):
+    with Ranks(2) as two:
+        found = two.run(step, {"schedule": schedule})
+    for (loss, norm, sent), (want, want_norm, ring) in zip(found, by_plan, strict=True):
+        assert (loss, norm) == pytest.approx((want, want_norm), rel=1e-5)
+        if schedule != "auto":  # which may well choose the ring
+            assert (sent == ring) == (schedule == "ring"), schedule
+
+
+def test_a_narrower_way(by_plan):
+    """Keys and values of an fp32 model in bf16: half their bytes, and the rounding of bf16."""
+    with Ranks(2) as two:
+        found = two.run(step, {"wire_dtype": torch.bfloat16})
+    for (loss, norm, sent), (want, want_norm, ring) in zip(found, by_plan, strict=True):
+        assert sent < 0.9 * ring  # gradients still travel in fp32
+        assert (loss, norm) == pytest.approx((want, want_norm), rel=1e-2) and norm != want_norm
