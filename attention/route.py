@@ -25,7 +25,7 @@ from hdp.attention.lower import Task, lower
 from hdp.attention.lowered import Geometry, Lowered
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_pair, lay_out
+from hdp.attention.schedules import get_pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,9 +228,8 @@ class Route:
         """The program as data, before it is bound to tensors."""
         tasks, row = [], 0
         for shard in self.shards:
-            names, member = self.schedules(shard, key), shard.group.index(self.runtime.rank)
-            layout = lay_out(self._layout(shard), key.mask, names[backward])
-            pair = get_pair(*names)
+            layout, member = self._layout(shard), shard.group.index(self.runtime.rank)
+            pair = get_pair(*self.schedules(shard, key))
             make = pair.backward if backward else pair.forward
             tasks.append(
                 Task(
