@@ -89,8 +89,7 @@ class AttentionRuntime:
         check_options(backend, wire_dtype, schedule)
         self.rank, self.channel, self.device, self.backend_name = rank, channel, device, backend
         self.wire_dtype, self.chooser = wire_dtype, chooser
-        self.schedule: str | None = None
-        """Schedule of all shared sequences, whatever the plan says: a name, two joined by "/" (forward/backward), "auto"."""
+        self.schedule = schedule
         self.ranks_per_node: int | None = None
         """Ranks r with the same r // ranks_per_node share a node; None: all do. The same on all ranks."""
         self.workspace = Workspace(device)

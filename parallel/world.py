@@ -100,7 +100,7 @@ def init(
     channel = TorchChannel(rank, lanes, place)
     _check_agreement(control, schedule=schedule, wire_dtype=wire_dtype)
     _register_transformers()
-    runtime = AttentionRuntime(rank, channel, place, backend)
+    runtime = AttentionRuntime(rank, channel, place, backend, wire_dtype, schedule=schedule)
     runtime.ranks_per_node = _ranks_per_node(control, world_size, tensor_parallel)
     return World(
         rank=rank,

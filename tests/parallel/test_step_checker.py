@@ -258,8 +258,8 @@ CHOOSER = Chooser(links=Links(inner_rate=1e9, outer_rate=1e9), flops=1e11)
 @pytest.mark.parametrize("schedule", ["ulysses", "direct", "ring/ring_q", "auto", "auto/token_ring"])
 def test_ranks_do_what_was_checked_with_a_schedule_of_their_own(ranks, schedule):
     """A schedule for all sequences, whatever the plan says, resolved by the chooser that the engine set."""
-    plan = by_hand(3, [(0, 1, 2), (1,), (1, 0), (0,)], [0, 1, 2, 2])
-    known = assume(make_model(), torch.device("cpu"), 3, torch.float32)
+    plan = by_hand(3, [(0, 1, 2), (1,), (1, 0), (0,)], [0, 1, 2, 2], schedule="all_gather")
+    known = assume(make_model(attention="sdpa"), torch.device("cpu"), 3, torch.float32)
     chooser = make_chooser(
         known.topology, flops=known.flops, byte_seconds=known.byte_seconds, message_seconds=known.message_seconds,
         call_seconds=known.call_seconds,
