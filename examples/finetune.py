@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import hdp
@@ -51,6 +52,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     plan.add_argument("--planner", default="naive", help="how documents are laid over ranks (default: %(default)s)")
     plan.add_argument("--capacity", type=int, default=2048, help="tokens a rank holds at once (default: %(default)s)")
     plan.add_argument("--tokens-per-step", type=int, default=12288, help="of all ranks together (default: %(default)s)")
+    plan.add_argument(
+        "--schedule",
+        help="how shared documents are computed: ring, ulysses, ..., forward/backward such as ring/ring_q, or auto, which"
+        " chooses for each by cost; default: as the plan says, a ring",
+    )
     plan.add_argument(
         "--activations",
         default="keep",
@@ -113,7 +119,7 @@ def learning_rate(step: int, *, steps: int, warmup: float) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    world = hdp.init(timeout=args.timeout)
+    world = hdp.init(timeout=args.timeout, schedule=args.schedule)
     torch.manual_seed(args.seed)  # the same weights on every rank
     if world.rank != 0:
         transformers.logging.disable_progress_bar()
@@ -125,7 +131,9 @@ def main(argv: list[str] | None = None) -> None:
     held_out = held_out.sample(tokens=args.held_out_tokens, seed=args.seed)
 
     model = build_model(args.model, vocab_size=documents.vocab_size, max_length=args.max_length)
-    engine = hdp.shard(model, world)
+    # Weights and optimizer stay in fp32; no fast attention kernel of a GPU computes in it.
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    engine = hdp.shard(model, world, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
     optimizer = torch.optim.AdamW(engine.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate(step, steps=args.steps, warmup=args.warmup)

@@ -4,7 +4,7 @@
 name               where         dtypes            varlen    soft-cap  deterministic  needs
 =================  ============  ================  ========  ========  =============  =============================
 ``cpu``            CPU           fp32 bf16 fp16    --        --        always         torch (aten's flash op)
-``flash_attn_2``   CUDA, sm_80+  bf16 fp16         fused     yes       on request     package flash-attn 2.6 or later
+``flash_attn_2``   CUDA, sm_80+  bf16 fp16         fused     yes       on request     package flash-attn 2.7 or later
 ``flash_attn_3``   CUDA, sm_90   bf16 fp16         fused     yes       on request     package flash_attn_3
 ``flash_attn_4``   CUDA, sm_90+  bf16 fp16         fused     --        on request     flash_attn.cute (beta)
 ``torch_varlen``   CUDA, sm_80+  bf16 fp16         fused     --        --             torch 2.13 or later
@@ -12,15 +12,16 @@ name               where         dtypes            varlen    soft-cap  determini
 =================  ============  ================  ========  ========  =============  =============================
 
 All take GQA and MQA, causal, bidirectional and windowed rectangles; none takes dropout. "fused": adjacent rectangles of a
-round are one variable-length call. "on request": ``torch.use_deterministic_algorithms(True)``, asked when the backend is made.
+round are one variable-length call. "on request": ``torch.use_deterministic_algorithms(True)``, asked at every call.
 
-The choice is made once, by :func:`resolve_backend`, and logged; it can be overridden by name. A name that is unknown or
-cannot run here is an error, never a silent fallback.
+The choice is made once, by :func:`resolve_backend`, and printed by rank 0; it can be overridden by name. A name that is unknown
+or cannot run here is an error, never a silent fallback.
 """
 
 from __future__ import annotations
 
-import logging
+import os
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -28,8 +29,6 @@ import torch
 
 from hdp.attention.backends.protocol import Backend as Backend
 from hdp.attention.backends.protocol import Scoring as Scoring
-
-logger = logging.getLogger("hdp")
 
 
 def _cpu(device: torch.device) -> Backend:
@@ -99,10 +98,24 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype) -> Back
         except (ValueError, ImportError) as error:
             reasons.append(f"{candidate}: {error}")
             continue
-        logger.info("attention backend for %s on %s: %s (%s)", dtype, device, backend.name, backend.kernel)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's; a line of every rank would say the same
+            what = str(dtype).removeprefix("torch.")
+            print(
+                f"hdp: attention of {what} on {device}: {backend.name} ({backend.kernel})", file=sys.stderr, flush=True
+            )
         return backend
     why = "; ".join(reasons) or "no backend is made for this device"
-    raise ValueError(f"attention backend {name!r} cannot run {dtype} on {device} ({why}); 'reference' runs everywhere")
+    raise ValueError(f"attention backend {name!r} cannot run {dtype} on {device} ({why}); {_fix(device, dtype)}")
+
+
+def _fix(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type == "cuda" and dtype == torch.float32:
+        return (
+            "no fast kernel computes in fp32 on a GPU: compute in bf16, with hdp.shard(..., mp_policy=MixedPrecisionPolicy("
+            "param_dtype=torch.bfloat16, reduce_dtype=torch.float32)), or with a model in torch.bfloat16; 'reference' runs in"
+            " fp32, slowly"
+        )
+    return "'reference' runs everywhere"
 
 
 def _make(name: str, device: torch.device, dtype: torch.dtype) -> Backend:

@@ -58,7 +58,11 @@ class VarlenBackend(Backend):
 
     def __init__(self, name: str, kernel: Kernel, version: str, *, softcaps: bool) -> None:
         self.name, self.kernel, self._kernel, self.softcaps = name, version, kernel, softcaps
-        self.deterministic = torch.are_deterministic_algorithms_enabled()
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether backward must add in one order; whoever asks for it may do so at any time."""
+        return torch.are_deterministic_algorithms_enabled()
 
     def check(self, scoring: Scoring, head_dim: int) -> None:
         super().check(scoring, head_dim)
@@ -101,7 +105,7 @@ class VarlenBackend(Backend):
 
 
 class FlashAttn2:
-    """Package ``flash-attn`` 2.6 or later."""
+    """Package ``flash-attn`` 2.7 or later: 2.6 took windows as one argument and returned other things."""
 
     def __init__(self, module: Any) -> None:
         self._forward = _with(module._flash_attn_varlen_forward, "window_size_left", "softcap")

@@ -14,6 +14,7 @@ import virtual
 from torch import Tensor
 from virtual import Sequence_, attend_together, make_data
 
+from hdp.attention import backends
 from hdp.attention.backends import Scoring, backend_names, flash, resolve_backend
 from hdp.attention.backends.protocol import Backend, aligned_out
 from hdp.attention.backends.reference import ReferenceBackend
@@ -316,19 +317,61 @@ def test_every_call_of_a_gpu_program_knows_where_it_ends(monkeypatch: pytest.Mon
     assert len({id(rows) for rows, *_ in given}) < len(given) / 2
 
 
-def test_a_deterministic_backward_is_asked_for(gpu_backend: Backend) -> None:
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert flash.VarlenBackend("x", None, "", softcaps=False).deterministic  # type: ignore[arg-type]
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert not gpu_backend.deterministic  # type: ignore[attr-defined]
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
-def test_torch_varlen_without_determinism_says_so() -> None:
+def test_a_deterministic_backward_may_be_asked_for_at_any_time(
+    monkeypatch: pytest.MonkeyPatch, deterministic: None
+) -> None:
+    """The choice of a backend is kept; what is asked of it is not."""
+    seen: list[bool] = []
+
+    class Kernel:
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, variant: flash.Variant) -> tuple[Tensor, Tensor]:
+            seen.append(variant.deterministic)
+            return q, torch.zeros(q.shape[1], q.shape[0])
+
+    made = flash.VarlenBackend("flash_attn_2", Kernel(), "stand-in", softcaps=True)  # type: ignore[arg-type]
+    monkeypatch.setitem(backends.MAKERS, "flash_attn_2", lambda device: made)
+    resolve_backend.cache_clear()
+    q, k, v, _ = tensors(4, 4, 2, 2, torch.bfloat16)
+    for wanted in (False, True, False):
+        torch.use_deterministic_algorithms(wanted)
+        backend = resolve_backend("flash_attn_2", GPU, torch.bfloat16)
+        backend.forward(q, k, v, Shape.CAUSAL, Scoring(1.0))
+        assert backend.deterministic == wanted  # type: ignore[attr-defined]
+    resolve_backend.cache_clear()
+    assert seen == [False, True, False]
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0), (None, 1)])
+def test_the_choice_is_printed_once_by_rank_0(
+    rank: str | None, lines: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    resolve_backend.cache_clear()
+    for _ in range(3):
+        resolve_backend("auto", CPU, torch.float32)
+    printed = capfd.readouterr().err.splitlines()
+    assert len(printed) == lines
+    assert all(line.startswith("hdp: attention of float32 on cpu: cpu (") for line in printed)
+
+
+def test_fp32_on_a_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flash, "require_gpu", lambda *_: None)
+    with pytest.raises(ValueError, match=r"compute in bf16, with hdp\.shard\(\.\.\., mp_policy=MixedPrecisionPolicy"):
+        resolve_backend("auto", GPU, torch.float32)
+
+
+def test_torch_varlen_without_determinism_says_so(deterministic: None) -> None:
     kernel = flash.TorchVarlen(FakeOps.Forward(), FakeOps.Backward())
     backend = flash.VarlenBackend("torch_varlen", kernel, "", softcaps=False)
-    backend.deterministic = True
+    torch.use_deterministic_algorithms(True)
     q, k, v, do = tensors(4, 4, 2, 2, torch.bfloat16)
     out, lse = backend.forward(q, k, v, Shape.CAUSAL, Scoring(1.0))
     with pytest.raises(ValueError, match="no deterministic backward"):
