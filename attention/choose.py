@@ -1,7 +1,7 @@
 """Chooses the schedules of one sequence by cost: the cheapest by the programs' own byte and tile counts.
 
-Each candidate's programs are walked (``hdp.attention.counts``) for the members at the ends of the group. A step
-takes as long as the longer of its computation and its slowest link, so
+Each candidate's programs are walked (``hdp.attention.counts``) for all members of small groups, and for some of large
+ones. A step takes as long as the longer of its computation and its slowest link, so
 
     seconds = sum over steps of step_seconds + calls x call_seconds + messages x message_seconds
               + max(area / rate + all bytes x byte_seconds, latency + bytes on the slowest link / its rate),
@@ -25,7 +25,7 @@ from hdp.attention.counts import Sizes, StepCount, count
 from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_pair, get_schedule
+from hdp.attention.schedules import get_pair, get_schedule, lay_out
 
 LINK_KINDS = ("nic", "peer")
 FORWARD = (
@@ -37,6 +37,7 @@ SIGNIFICANT_BITS = 5
 WINDOW_BITS = 3
 REFERENCE_CHUNK = 64  # tokens a chunk at which programs are counted when no window sets a scale
 MARGIN = 1.01
+WALKED = 16  # members whose programs are counted
 
 
 Static = tuple[str, int, int, HeadCount, Sizes, Mask]  # layout, group, length, ...: what decides a program
@@ -232,7 +233,8 @@ def predict(name: str, case: Case, *, backward: bool) -> Prediction:
     scale = case.length / reference if reference else 1.0
     areas = scale * scale if mask.window is None else scale
     static = (case.layout, case.size, reference, case.heads, case.sizes, mask)
-    profiles = [_profile(name, backward, member, static, case.links.kind, case.nodes) for member in _members(case.size)]
+    members = _members(case.size, _is_closed(case.layout, mask))
+    profiles = [_profile(name, backward, member, static, case.links.kind, case.nodes) for member in members]
     sent, peak, kept = _largest(name, backward, static) or (
         max(p.sent_bytes for p in profiles),
         max(p.peak_bytes for p in profiles),
@@ -247,16 +249,25 @@ def predict(name: str, case: Case, *, backward: bool) -> Prediction:
     )
 
 
-def _members(size: int) -> tuple[int, ...]:
-    """Those whose programs are walked: work and bytes are largest at the ends of a group, or nearly so."""
-    return tuple(sorted({0, min(1, size - 1), size - 1}))
+def _members(size: int, is_closed: bool) -> tuple[int, ...]:
+    """Those whose programs are walked: all of small groups; of large ones ends and middle and, where no closed form says who
+    has most (``is_closed``), others evenly between them."""
+    if size <= (WALKED // 2 if is_closed else WALKED):
+        return tuple(range(size))
+    even = () if is_closed else (i * (size - 1) // (WALKED - 1) for i in range(WALKED))
+    return tuple(sorted({0, 1, size // 2 - 1, size // 2, size - 2, size - 1, *even}))
+
+
+def _is_closed(layout: str, mask: Mask) -> bool:
+    """Whether there are closed forms."""
+    return mask.window is None and (layout, mask.causal) in (("zigzag", True), ("contiguous", False))
 
 
 @lru_cache(maxsize=16384)
 def _largest(name: str, backward: bool, static: Static) -> tuple[float, float, float] | None:
     """(sent, peak, kept) bytes of the members that have most, where there are closed forms; else None."""
     layout, size, length, heads, sizes, mask = static
-    if mask.window is not None or (layout, mask.causal) not in (("zigzag", True), ("contiguous", False)):
+    if not _is_closed(layout, mask):
         return None
     costs = [
         cost(
@@ -288,8 +299,7 @@ def _profile(
     name: str, backward: bool, member: int, static: Static, kind: str, nodes: tuple[int, ...] | None
 ) -> _Profile:
     layout_name, size, length, heads, sizes, mask = static
-    layout = make_layout(layout_name, length, size)
-    schedule = get_schedule(name)
+    layout, schedule = lay_out(make_layout(layout_name, length, size), mask, name), get_schedule(name)
     program = (schedule.backward if backward else schedule.forward)(layout, mask, heads, member)
     counted = count(program, layout, mask, heads, member, sizes, backward)
     steps = Counter(

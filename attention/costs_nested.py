@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from math import gcd
 
 from hdp.attention.costs_ring import RingForm
 from hdp.attention.costs_shape import Cost, Shape, inside, peak
@@ -24,7 +27,7 @@ class _Deal:
         return split(*self._share(part), self.slices)[slice_]
 
     def _share(self, part: int) -> Heads:
-        return split(0, self.heads.query, self.parts)[part]
+        return self.heads.query * part // self.parts, self.heads.query * (part + 1) // self.parts
 
     def query_count(self, part: int, slice_: int) -> int:
         start, stop = self.queries(part, slice_)
@@ -224,30 +227,47 @@ class _Rings:
             return float(turn > 1)
         return 0.5 * (turn > 1) + 0.5 * (turn > self.place > 0)
 
-    def home(self, round_: int) -> float:
-        """Of the own sums that arrive when a round has ended."""
-        if round_ == 0:
-            return self.shape.half_if(self.place == 0) if self.inner > 1 else 0.0
-        return self.shape.half_if(self.node + round_ < self.nodes)
+    def home_at(self, step: int) -> float:
+        """Parts of the own sums that arrive."""
+        round_, turn = step // self.inner - 1, step % self.inner
+        if round_ == 0 and turn == 0 and self.inner > 1:
+            return len(self.parts) * self.shape.half_if(self.place == 0)
+        if round_ < 1:
+            return 0
+        is_halved = self.shape.causal and self.node + round_ < self.nodes
+        return self._of_parts(lambda t: t == turn or step == self.shape.size, is_halved)
 
-    @property
-    def turns_across(self) -> tuple[int, ...]:
-        """Turn at which each chunk of a block goes to the next node."""
-        return (0, self.inner // 2) if self.shape.causal else (0,)
+    def waiting_at(self, step: int) -> int:
+        """Parts of the sums of the round before, made at this place last, that have yet to go home or go now."""
+        round_, turn = step // self.inner - 1, step % self.inner
+        if round_ < 1:
+            return 0
+        is_halved = self.shape.causal and round_ <= self.node
+        return self._of_parts(lambda t: t >= turn, is_halved)
 
-    def start_live(self) -> list[float]:
-        """Per step, blocks held that came from the node before."""
-        held = [0.0] * (self.shape.size + 1)
+    @cached_property
+    def parts(self) -> list[tuple[int, bool]]:
+        """Of a block, each of the same size: (turn at which it crosses between nodes, whether of its back half)."""
+        halves = 2 if self.shape.causal else 1
+        count = halves * (self.inner // gcd(self.inner, halves))
+        return [((2 * i + 1) * self.inner // (2 * count), self.shape.causal and 2 * i >= count) for i in range(count)]
+
+    def _of_parts(self, counts: Callable[[int], bool], is_halved: bool) -> int:
+        """Parts that cross at turns that count; ``is_halved``: of the front half only."""
+        return sum(counts(turn) and not (is_back and is_halved) for turn, is_back in self.parts)
+
+    def start_live(self) -> list[int]:
+        """Per step, parts of blocks held that came from the node before."""
+        held = [0] * (self.shape.size + 1)
         for round_ in range(1, self.nodes):
             first_owner = (self.node - round_) % self.nodes == 0
-            for half, turn in enumerate(self.turns_across):
-                is_back = half == 1
-                if is_back and self.shape.causal and first_owner:
+            goes_on = round_ < self.nodes - 1
+            for turn, is_back in self.parts:
+                if is_back and first_owner:
                     continue
-                goes_on = round_ < self.nodes - 1
                 begin, end = (round_ - 1) * self.inner + turn, round_ * self.inner + (turn if goes_on else 0)
                 for step in range(begin, end + 1):
-                    held[step] += 1 / len(self.turns_across)
+                    held[step] += 1
         return held
 
 
@@ -260,7 +280,7 @@ def double_ring_cost(shape: Shape, backward: bool, inner: int) -> Cost:
     sent += nodes - 1 - 0.5 * (shape.causal and node != nodes - 1)
     block, sums = shape.bytes(Kind.KV), shape.bytes(Kind.DKV) if backward else 0
     result = inner - 1 - (place / 2 if shape.causal else 0) + inner * (nodes - 1 - lower / 2)
-    starts = rings.start_live()
+    starts, parts = rings.start_live(), len(rings.parts)
 
     def at(step: int) -> tuple[int, int]:
         return divmod(step, inner)
@@ -269,12 +289,14 @@ def double_ring_cost(shape: Shape, backward: bool, inner: int) -> Cost:
         return rings.held(*at(step)) if step % inner else 0.0
 
     def live(step: int) -> float:
-        inputs = starts[step] + inside(circling, step, 0, n - 1) + inside(circling, step + 1, 0, n - 1)
+        inputs = inside(circling, step, 0, n - 1) + inside(circling, step + 1, 0, n - 1)
         made = inside(lambda s: rings.seen(*at(s)), step, 1, n - 1)
-        left = inside(lambda s: rings.seen(*at(s)), step - 1, 1, n - 1)
+        goes_at_once = step % inner or step == inner  # else it waits for its turn in this round
+        left = inside(lambda s: rings.seen(*at(s)), step - 1, 1, n - 1) if goes_at_once else 0.0
         passing = inside(lambda s: rings.passing(*at(s)), step, 0, n - 1)
-        home = rings.home(step // inner - 1) if step and step % inner == 0 else 0.0
-        return block * inputs + sums * (made + left + passing + home)
+        inputs = inputs * parts + starts[step]
+        results = (made + left + passing) * parts + rings.waiting_at(step) + rings.home_at(step)
+        return (block * inputs + sums * results) / parts
 
     return Cost(
         sent_bytes=block * sent + sums * result,

@@ -25,7 +25,7 @@ from hdp.attention.lower import Task, lower
 from hdp.attention.lowered import Geometry, Lowered
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_pair
+from hdp.attention.schedules import get_pair, lay_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,8 +227,9 @@ class Route:
         """The program as data, before it is bound to tensors."""
         tasks, row = [], 0
         for shard in self.shards:
-            layout, member = self._layout(shard), shard.group.index(self.runtime.rank)
-            pair = get_pair(*self.schedules(shard, key))
+            names, member = self.schedules(shard, key), shard.group.index(self.runtime.rank)
+            layout = lay_out(self._layout(shard), key.mask, names[backward])
+            pair = get_pair(*names)
             make = pair.backward if backward else pair.forward
             tasks.append(
                 Task(

@@ -25,6 +25,7 @@ from typing import Protocol, cast
 from hdp.attention.layout import Layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount, RankProgram
+from hdp.attention.refine import refine
 from hdp.attention.schedules import direct, local, ring, ring_q, token_ring
 from hdp.attention.schedules.all_gather import AllGather
 from hdp.attention.schedules.double_ring import DoubleRing
@@ -81,6 +82,15 @@ def get_schedule(name: str) -> Schedule:
     if not number.isdecimal():
         raise ValueError(f"attention schedule {name!r} needs a whole number after the colon, such as '{base}:2'")
     return make(int(number))
+
+
+def lay_out(layout: Layout, mask: Mask, name: str) -> Layout:
+    """``layout`` with its chunks cut as the schedule called ``name`` sends them under this mask.
+
+    Programs made on ``layout`` itself are right too, but send whole chunks of which a window needs the end, or hide less.
+    """
+    schedule = get_schedule(name)
+    return refine(layout, mask, schedule.parts(layout) if isinstance(schedule, DoubleRing) else 1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from hdp.attention.layout import Layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount, Heads, Kind, RankProgram, Step, Tile, Transfer
-from hdp.attention.schedules.sight import Sight, send, split
+from hdp.attention.schedules.sight import send, sight_of, split
 
 
 class AllGather:
@@ -41,7 +41,7 @@ class AllGather:
 
 class _Gather:
     def __init__(self, layout: Layout, mask: Mask, heads: HeadCount, member: int, slices: int) -> None:
-        self.sight, self.heads, self.size = Sight(layout, mask), heads, layout.size
+        self.sight, self.heads, self.size = sight_of(layout, mask), heads, layout.size
         self.slices = split(0, heads.key, min(slices, heads.key))
         self.own = self.sight.chunks(member)
         peers = [(member + offset) % layout.size for offset in range(1, layout.size)]

@@ -24,7 +24,7 @@ def forward(layout: Layout, mask: Mask, heads: HeadCount, member: int) -> RankPr
 def backward(layout: Layout, mask: Mask, heads: HeadCount, member: int) -> RankProgram:
     tour = QueryTour(layout, mask, heads, member)
     steps = []
-    for step in range(layout.size + (layout.size > 1)):
+    for step in range(tour.steps):
         sends, receives = tour.travel(step, (Kind.Q, Kind.DO))
         sums_out, sums_in = tour.along(step, Kind.DQ)
         steps.append(Step(sends=sends + sums_out, receives=receives + sums_in, tiles=tour.visit(step)))

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
-from hdp.attention.layout import Layout, Range, Ranges
+from hdp.attention.layout import Layout, Range, Ranges, make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import Heads, Kind, Tile, Transfer
 
@@ -18,7 +19,7 @@ Hops = tuple[int, int]  # first and last place after its owner's that looks at a
 
 
 class Sight:
-    """The mask between the chunks of one layout, and a ring of its blocks.
+    """The mask between the chunks of one layout, and a ring of its blocks. Schedules get theirs from :func:`sight_of`.
 
     Hops are counted in ``direction`` (+1 or -1) from the block of a chunk's owner, 1 .. places - 1.
     """
@@ -30,11 +31,17 @@ class Sight:
             )
         self.layout, self.mask, self.width = layout, mask, width
         self.places = layout.size // width
-        # Chunks that lie one after the other, none empty: what a chunk sees is then an interval of chunks.
-        self._starts = [ranges[0][0] for ranges in layout.chunks] if _is_run(layout) else []
+        # Where owners change: chunks that lie one after the other, none empty, however they are cut. What a chunk sees is
+        # then an interval of these.
+        whole = make_layout(layout.name, layout.length, layout.size)
+        self._starts = [ranges[0][0] for ranges in whole.chunks] if _is_run(whole) else []
+        self._is_plain = all(len(ranges) == 1 for ranges in layout.chunks)
         self._owned = [layout.owned(m) for m in range(layout.size)]
         self._chunks: dict[int, tuple[int, ...]] = {}
         self._hops: dict[tuple[int, int, bool], Hops] = {}
+        self._ways: dict[tuple[int, int, bool], tuple[Hops, Hops]] = {}
+        self._longest: dict[tuple[int, bool], int] = {}
+        self._meeting: dict[tuple[int, bool], tuple[int, ...]] = {}
 
     def chunks(self, block: int) -> tuple[int, ...]:
         """Chunks of a block that hold tokens, ascending."""
@@ -50,13 +57,35 @@ class Sight:
 
     def seen(self, queries: Iterable[int], keys: Iterable[int]) -> tuple[int, ...]:
         """Those of ``keys`` that some of ``queries`` sees."""
-        queries = tuple(queries)
-        return tuple(k for k in keys if any(self.sees(q, k) for q in queries))
+        return self._in_view(keys, queries, is_key=True)
 
     def seeing(self, queries: Iterable[int], keys: Iterable[int]) -> tuple[int, ...]:
         """Those of ``queries`` that see some of ``keys``."""
-        keys = tuple(keys)
-        return tuple(q for q in queries if any(self.sees(q, k) for k in keys))
+        return self._in_view(queries, keys, is_key=False)
+
+    def meeting(self, block: int, is_key: bool) -> tuple[int, ...]:
+        """Chunks of a block that meet chunks of others: as keys, or as queries."""
+        if (block, is_key) not in self._meeting:
+            others = [c for b in range(self.places) if b != block for c in self.chunks(b)]
+            self._meeting[block, is_key] = self._in_view(self.chunks(block), others, is_key)
+        return self._meeting[block, is_key]
+
+    def _in_view(self, chunks: Iterable[int], others: Iterable[int], is_key: bool) -> tuple[int, ...]:
+        others = tuple(others)
+        if not self._is_plain:
+            return tuple(c for c in chunks if any(self.sees(o, c) if is_key else self.sees(c, o) for o in others))
+        ranges = [self.layout.chunks[o][0] for o in sorted(others)]
+        ranges = [r for r in ranges if r[0] < r[1]]
+        starts, found = [start for start, _ in ranges], []
+        for c in chunks:
+            span = self.layout.chunks[c][0]
+            if span[0] >= span[1]:
+                continue
+            low, high = _view(self.mask, span, is_key)
+            last = bisect_left(starts, high) - 1  # the last range that begins before the view ends
+            if last >= 0 and ranges[last][1] > low:
+                found.append(c)
+        return tuple(found)
 
     def tiles(self, queries: tuple[int, ...], keys: tuple[int, ...], heads: Heads) -> tuple[Tile, ...]:
         """One tile of the chunks that matter, or none."""
@@ -72,6 +101,52 @@ class Sight:
             self._hops[key] = self._find_hops(chunk, direction, is_key)
         return self._hops[key]
 
+    def ways(self, chunk: int, direction: int, is_key: bool) -> tuple[Hops, Hops]:
+        """Hops of a chunk that travels in ``direction``, and of its copy that travels the other way.
+
+        Without a window all hops are in the first. Under a window those who look at a chunk are few and near it, on either
+        side (zigzag: what follows a back chunk belongs to the member before), so it goes to each the shorter way: the widest
+        gap between two of them is where neither copy passes.
+        """
+        key = (chunk, direction, is_key)
+        if key not in self._ways:
+            if self.mask.window is None:
+                self._ways[key] = self.hops(chunk, direction, is_key), (0, 0)
+            else:
+                self._ways[key] = self._split_ways(self.looking(chunk, direction, is_key))
+        return self._ways[key]
+
+    def _split_ways(self, looking: list[int]) -> tuple[Hops, Hops]:
+        stops = [0, *looking, self.places]
+        # The last of the widest gaps: where all are equally wide nothing travels the other way.
+        _, gap = max((stops[i + 1] - stops[i], i) for i in range(len(stops) - 1))
+        return _ends(looking[:gap]), _ends([self.places - hop for hop in reversed(looking[gap:])])
+
+    def longest_way(self, direction: int, is_key: bool) -> int:
+        """Hops of the chunk that goes farthest; see :meth:`ways`."""
+        key = (direction, is_key)
+        if key not in self._longest:
+            chunks = range(len(self.layout.chunks))
+            self._longest[key] = max((w[1] for c in chunks for w in self.ways(c, direction, is_key)), default=0)
+        return self._longest[key]
+
+    def looking(self, chunk: int, direction: int, is_key: bool) -> list[int]:
+        """All hops at which a block looks at ``chunk``, ascending."""
+        if not self.layout.tokens(chunk):
+            return []
+        origin = self.layout.owners[chunk] // self.width
+        if self._starts:
+            found = {p for a, b in self._views(chunk, is_key) for p in range(a, b + 1)}
+            return sorted({direction * (p - origin) % self.places for p in found} - {0})
+        return [hop for hop in range(1, self.places) if self._looks(chunk, origin, direction * hop, is_key)]
+
+    @cached_property
+    def distances(self) -> list[int]:
+        """All hops (+1) at which some block looks at the keys of another, ascending."""
+        if self.mask.window is None:
+            return list(range(1, self.places))
+        return sorted({hop for c in range(len(self.layout.chunks)) for hop in self.looking(c, 1, is_key=True)})
+
     def _find_hops(self, chunk: int, direction: int, is_key: bool) -> Hops:
         origin = self.layout.owners[chunk] // self.width
         if not self.layout.tokens(chunk):
@@ -82,30 +157,46 @@ class Sight:
             candidates = self._scan_hops(chunk, origin, direction, is_key)
         return (min(candidates), max(candidates)) if candidates else (0, 0)
 
-    def _interval_hops(self, chunk: int, origin: int, direction: int, is_key: bool) -> list[int]:
-        """Ends of the intervals of places that hold the chunks in view: constant time."""
+    def _views(self, chunk: int, is_key: bool) -> list[tuple[int, int]]:
+        """Intervals of places, first and last, that hold something in view."""
         low, high = _view(self.mask, self.layout.chunks[chunk][0], is_key)
         first = max(bisect_right(self._starts, low) - 1, 0)
         last = bisect_left(self._starts, high) - 1
-        size, places = self.layout.size, self.places
-        found = set()
+        size = self.layout.size
         # Front chunks 0 .. size - 1 belong to members in order, back chunks in reverse order (zigzag only).
-        for a, b in ((first, min(last, size - 1)), (2 * size - 1 - last, 2 * size - 1 - max(first, size))):
-            a, b = a // self.width, b // self.width
-            if a > b:
-                continue
+        both = (first, min(last, size - 1)), (2 * size - 1 - last, 2 * size - 1 - max(first, size))
+        return [(a // self.width, b // self.width) for a, b in both if a <= b]
+
+    def _interval_hops(self, chunk: int, origin: int, direction: int, is_key: bool) -> list[int]:
+        """Ends of the intervals of places that hold the chunks in view: constant time."""
+        places = self.places
+        found = set()
+        for a, b in self._views(chunk, is_key):
             ends = {a, b, *(p % places for p in (origin - 1, origin + 1) if a <= p % places <= b)}
             found |= {direction * (p - origin) % places for p in ends}
         return sorted(found - {0})
 
     def _scan_hops(self, chunk: int, origin: int, direction: int, is_key: bool) -> list[int]:
-        def looks(hop: int) -> bool:
-            others = self.chunks((origin + direction * hop) % self.places)
-            return any(self.sees(o, chunk) if is_key else self.sees(chunk, o) for o in others)
+        hops = range(1, self.places)
+        last = next((h for h in reversed(hops) if self._looks(chunk, origin, direction * h, is_key)), 0)
+        if not last:
+            return []
+        first = next((h for h in hops[: last - 1] if self._looks(chunk, origin, direction * h, is_key)), last)
+        return [first, last]
 
-        last = next((h for h in range(self.places - 1, 0, -1) if looks(h)), 0)
-        first = next((h for h in range(1, last) if looks(h)), last)
-        return [first, last] if last else []
+    def _looks(self, chunk: int, origin: int, offset: int, is_key: bool) -> bool:
+        others = self.chunks((origin + offset) % self.places)
+        return bool(self._in_view((chunk,), others, is_key))
+
+
+@lru_cache(maxsize=64)
+def sight_of(layout: Layout, mask: Mask, width: int = 1) -> Sight:
+    """The sight of a layout; all members' programs, and both directions, share what it has found."""
+    return Sight(layout, mask, width)
+
+
+def _ends(hops: list[int]) -> Hops:
+    return (hops[0], hops[-1]) if hops else (0, 0)
 
 
 def _is_run(layout: Layout) -> bool:

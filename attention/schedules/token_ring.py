@@ -6,7 +6,7 @@ that no later member's keys interest stops (zigzag: the front half, when the rin
 
 Backward, which its authors did not publish: Q and DO travel, the partial DQ returns straight on lane 1, DKV grows in place.
 
-The last partials return in a step of their own without computation: size + 1 steps.
+The last partials return in a step of their own without computation: size + 1 steps, fewer under a window.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def backward(layout: Layout, mask: Mask, heads: HeadCount, member: int) -> RankP
 
 def _program(tour: QueryTour, inputs: tuple[Kind, ...], result: Kind) -> RankProgram:
     steps = []
-    for step in range(tour.size + (tour.size > 1)):
+    for step in range(tour.steps):
         sends, receives = tour.travel(step, inputs)
         results_out, results_in = tour.straight_home(step, result)
         steps.append(Step(sends=sends + results_out, receives=receives + results_in, tiles=tour.visit(step)))

@@ -31,7 +31,7 @@ from __future__ import annotations
 from hdp.attention.layout import Layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount, Heads, Kind, RankProgram, Step, Tile, Transfer, Value
-from hdp.attention.schedules.sight import Sight, send, split, whole_groups
+from hdp.attention.schedules.sight import send, sight_of, split, whole_groups
 
 
 class Ulysses:
@@ -70,7 +70,7 @@ class _Part:
     """Whether a holder's results are complete where it has all heads that add to them."""
 
     def __init__(self, layout: Layout, mask: Mask, heads: HeadCount, member: int, slices: int) -> None:
-        self.sight, self.heads, self.member, self.size = Sight(layout, mask), heads, member, layout.size
+        self.sight, self.heads, self.member, self.size = sight_of(layout, mask), heads, member, layout.size
         # Slices that no member needs are left out; all members agree on how many there are.
         self.slices = 1 if layout.size == 1 else min(slices, -(-heads.query // layout.size))
         self.shares = split(0, heads.query, layout.size)
@@ -163,9 +163,7 @@ class _HomePart(_Part):
 
     def _chunks(self, owner: int, kind: Kind) -> tuple[int, ...]:
         """Those that meet tokens of other members."""
-        own = self.sight.chunks(owner)
-        others = [c for m in range(self.size) if m != owner for c in self.sight.chunks(m)]
-        return self.sight.seen(others, own) if kind.is_per_key else self.sight.seeing(own, others)
+        return self.sight.meeting(owner, is_key=kind.is_per_key)
 
     def _home_tiles(self, inputs: tuple[Kind, ...], results: tuple[Kind, ...]) -> dict[int, tuple[Tile, ...]]:
         """In the first and the last step, heads in proportion to the bytes on their way meanwhile."""

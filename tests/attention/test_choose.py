@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from cases import SCHEDULES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from hdp.attention.counts import Sizes, count
 from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_schedule
+from hdp.attention.schedules import get_schedule, lay_out
 
 LENGTH = 32768
 
@@ -76,13 +77,12 @@ MESH = ("ring", "ring_q", "token_ring", "direct")
         # The same with a single key/value head, which is not worth dealing out: two rings.
         (
             ("double_ring:4", "double_ring:4"),
-            case(size=8, heads=(4, 1), communication=2, inner=8, nodes=nodes_of(4, 8), kept_limit=0),
+            case(size=8, heads=(4, 1), communication=3, inner=8, nodes=nodes_of(4, 8), kept_limit=0),
         ),
-        # A narrow window over zigzag shards: blocks go only where they are looked at.
-        (
-            ("direct", "direct"),
-            case(communication=1, mask=Mask(window=512), kept_limit=0, peak_limit=3 * LENGTH / 4 * 32 * 2 * 64 * 2),
-        ),
+        # A narrow window: ends of shards go one hop, either way round; nothing may be kept: queries return, or keys again.
+        (("ring", "ring"), case(communication=1, mask=Mask(window=512))),
+        (("ring", "ring_q"), case(communication=1, mask=Mask(window=512), kept_limit=0, allowed=MESH)),
+        (("ring", "direct"), case(heads=(32, 4), mask=Mask(window=512), kept_limit=0, allowed=MESH)),
     ],
 )
 def test_each_wins_where_it_should(wanted: tuple[str, str], given_case: Case) -> None:
@@ -200,7 +200,7 @@ def test_nonsense_is_refused(make: object, message: str) -> None:
 @pytest.mark.parametrize("name", ["ring", "direct", "hybrid:2", "hybrid:4", "double_ring:4", "ulysses"])
 def test_memory_is_that_of_the_member_that_holds_most(name: str) -> None:
     c = case(size=8, heads=(5, 1))
-    layout = make_layout("zigzag", LENGTH, 8)
+    layout = lay_out(make_layout("zigzag", LENGTH, 8), c.mask, name)
     for backward in (False, True):
         make = get_schedule(name).backward if backward else get_schedule(name).forward
         found = [
@@ -210,6 +210,31 @@ def test_memory_is_that_of_the_member_that_holds_most(name: str) -> None:
         assert predicted.peak_bytes == max(f.peak_bytes for f in found)
         assert predicted.kept_bytes == max(f.kept_bytes for f in found)
         assert predicted.sent_bytes == max(f.sent_bytes for f in found)
+
+
+@pytest.mark.parametrize(
+    ("layout", "mask"),
+    [
+        ("zigzag", Mask(window=9000)),
+        ("contiguous", Mask(window=9000)),
+        ("contiguous", Mask(causal=False, window=3000)),
+        ("contiguous", Mask()),
+        ("striped", Mask()),
+    ],
+)
+@pytest.mark.parametrize("name", [n for n in SCHEDULES if not n.startswith("all_gather:")])
+def test_limits_hold_for_every_member_where_no_closed_form_does(name: str, layout: str, mask: Mask) -> None:
+    """Windows and contiguous causal shards: members in the middle may hold, keep and send most."""
+    c = replace(case(size=8, heads=(16, 8), mask=mask), layout=layout)
+    laid = lay_out(make_layout(layout, LENGTH, 8), mask, name)
+    for backward in (False, True):
+        make = get_schedule(name).backward if backward else get_schedule(name).forward
+        found = [count(make(laid, mask, c.heads, m), laid, mask, c.heads, m, c.sizes, backward) for m in range(8)]
+        predicted = predict(name, c, backward=backward)
+        for what in ("peak_bytes", "kept_bytes", "sent_bytes"):
+            most = max(getattr(f, what) for f in found)
+            assert most <= getattr(predicted, what) * 1.001, (what, backward)
+            assert getattr(predicted, what) <= most * 1.01, (what, backward)
 
 
 def test_a_window_longer_than_the_sequence_is_none() -> None:

@@ -14,7 +14,7 @@ from hdp.attention.exchange import SharedSequence, check_exchange, program_round
 from hdp.attention.layout import LAYOUTS, Layout, make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount, Kind, RankProgram
-from hdp.attention.schedules import Schedule, get_pair, get_schedule
+from hdp.attention.schedules import Schedule, get_pair, get_schedule, lay_out
 
 NAMES = (
     *("ring", "ring_q", "token_ring", "direct", "all_gather", "all_gather:3", "ulysses", "ulysses:2", "ulysses:3"),
@@ -64,7 +64,9 @@ def test_every_pair_is_computed_once(name: str, heads: HeadCount) -> None:
             continue
         lengths = (0, 1, size - 1, size + 1, 2 * size, 37, 16 * size + 5, 401)
         for layout in LAYOUTS:
-            prove(get_schedule(name), make_layout(layout, lengths[next(turn) % len(lengths)], size), mask, heads)
+            plain = make_layout(layout, lengths[next(turn) % len(lengths)], size)
+            for laid in {plain, lay_out(plain, mask, name)}:
+                prove(get_schedule(name), laid, mask, heads)
 
 
 @settings(max_examples=150, deadline=None)
@@ -80,7 +82,8 @@ def test_every_pair_is_computed_once(name: str, heads: HeadCount) -> None:
 def test_any_case(name: str, size: int, length: int, layout: str, mask: Mask, key: int, group: int) -> None:
     if not serves(name, size):
         size *= int(name.partition(":")[2])
-    prove(get_schedule(name), make_layout(layout, length, size), mask, HeadCount(query=key * group, key=key))
+    laid = lay_out(make_layout(layout, length, size), mask, name)
+    prove(get_schedule(name), laid, mask, HeadCount(query=key * group, key=key))
 
 
 @settings(max_examples=30, deadline=None)
@@ -111,7 +114,7 @@ def test_a_backward_that_would_miss_its_kept_values_is_refused(second: str) -> N
 def test_a_window_sends_and_computes_only_what_it_touches(name: str, layout: str) -> None:
     """Straight schedules send exactly what the window asks for; no schedule computes a tile that it misses."""
     size, mask, heads = 4, Mask(window=20), HeadCount(query=2, key=2)
-    cut = make_layout(layout, 4000, size)
+    cut = lay_out(make_layout(layout, 4000, size), mask, name)
     chunks = cut.chunks
     for program in programs(get_schedule(name), cut, mask, heads)[0]:
         for step in program.steps:
@@ -127,7 +130,7 @@ def test_a_window_sends_and_computes_only_what_it_touches(name: str, layout: str
     if layout == "contiguous" and name in ("ring", "direct", "double_ring:1", "hybrid:1", "all_gather"):
         forward = programs(get_schedule(name), cut, mask, heads)[0]
         neighbours = sum(cut.tokens(c) for p in forward for s in p.steps for t in s.sends for c in t.chunks)
-        assert neighbours == 3000  # each block to its successor, once
+        assert neighbours == 3 * (mask.window - 1)  # the end of each block to its successor, once
 
 
 def test_queries_on_tour_save_a_quarter_of_a_causal_zigzag() -> None:
