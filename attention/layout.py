@@ -17,6 +17,7 @@ Range = tuple[int, int]  # [start, stop) in tokens of the sequence
 Ranges = tuple[Range, ...]
 
 LAYOUTS = ("zigzag", "contiguous", "striped")
+"""``striped`` takes the tokens of a stripe after a colon: ``"striped:16"``."""
 DEFAULT_STRIPE = 64  # tokens
 
 
@@ -107,7 +108,8 @@ def striped(length: int, size: int, stripe: int = DEFAULT_STRIPE) -> Layout:
             ranges[m].append((position, position + share))
         position += share
     chunks = tuple(tuple(r) if r else ((length, length),) for r in ranges)
-    return Layout(name="striped", length=length, size=size, chunks=chunks, owners=tuple(range(size)))
+    name = "striped" if stripe == DEFAULT_STRIPE else f"striped:{stripe}"
+    return Layout(name=name, length=length, size=size, chunks=chunks, owners=tuple(range(size)))
 
 
 def _contiguous_chunks(name: str, length: int, size: int, sizes: list[int], owners: tuple[int, ...]) -> Layout:
@@ -123,7 +125,22 @@ def make_layout(name: str, length: int, size: int) -> Layout:
     """The layout called ``name`` of ``length`` tokens over ``size`` members. Raises ValueError for an unknown name."""
     if length < 0 or size < 1:
         raise ValueError(f"cannot lay {length} tokens over {size} ranks: lengths are >= 0, groups >= 1")
-    makers = {"zigzag": zigzag, "contiguous": contiguous, "striped": striped}
-    if name not in makers:
-        raise ValueError(f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}")
-    return makers[name](length, size)
+    base, stripe = parse_layout(name)
+    if base == "striped":
+        return striped(length, size, stripe)
+    return {"zigzag": zigzag, "contiguous": contiguous}[base](length, size)
+
+
+@lru_cache(maxsize=256)
+def parse_layout(name: str) -> tuple[str, int]:
+    """Name and tokens of a stripe. Raises ValueError for an unknown name, or a stripe that is no number of tokens."""
+    base, colon, number = name.partition(":")
+    if base not in LAYOUTS or (colon and base != "striped"):
+        raise ValueError(
+            f"unknown layout {name!r}: choose one of {', '.join(LAYOUTS)}, or striped:16 for stripes of 16 tokens"
+        )
+    if not colon:
+        return base, DEFAULT_STRIPE
+    if not (number.isascii() and number.isdecimal()) or int(number) < 1:
+        raise ValueError(f"layout {name!r}: a stripe holds at least 1 token, such as 'striped:16'")
+    return base, int(number)

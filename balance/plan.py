@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hdp.attention.layout import LAYOUTS, Ranges, make_layout
+from hdp.attention.layout import Ranges, make_layout, parse_layout
 
 IntArray = NDArray[np.int64]
 REGIMES = ("step", "slot")
@@ -120,8 +120,10 @@ class Plan:
     def __post_init__(self) -> None:
         if self.regime not in REGIMES:
             raise PlanError(f"unknown regime {self.regime!r}: choose one of {', '.join(REGIMES)}")
-        if self.layout not in LAYOUTS:
-            raise PlanError(f"unknown layout {self.layout!r}: choose one of {', '.join(LAYOUTS)}")
+        try:
+            parse_layout(self.layout)
+        except ValueError as error:
+            raise PlanError(str(error)) from error
         if self.recompute_layers and len(self.recompute_layers) != len(self.recompute):
             raise PlanError(
                 f"recompute_layers has {len(self.recompute_layers)} numbers for {len(self.recompute)} slots: one each, or none"

@@ -32,6 +32,13 @@ def test_stripes_of_any_width_cover_every_token(length: int, size: int, stripe: 
     assert shares == [layout.shard_tokens(m) for m in range(size)]
 
 
+def test_a_stripe_is_part_of_the_name() -> None:
+    layout = make_layout("striped:7", 100, 3)
+    assert layout == striped(100, 3, 7) and layout.chunks[1][0] == (7, 14)
+    assert make_layout(layout.name, 100, 3) == layout  # a layout can be made again from its name
+    assert make_layout("striped", 1000, 3) == make_layout("striped:64", 1000, 3) == striped(1000, 3)
+
+
 @pytest.mark.parametrize("size", [2, 3, 5, 8])
 def test_zigzag_gives_equal_causal_work_and_contiguous_does_not(size: int) -> None:
     length, whole = 48 * size, Mask().area((0, 48 * size), (0, 48 * size))
@@ -61,3 +68,11 @@ def test_unknown_and_impossible_layouts_are_refused() -> None:
         make_layout("zigzag", 8, 0)
     with pytest.raises(ValueError, match="stripe is 0"):
         striped(8, 2, 0)
+    for name in ("zigzag:4", "spiral:4"):
+        with pytest.raises(
+            ValueError, match=f"unknown layout '{name}': choose one of zigzag, contiguous, striped, or striped:16"
+        ):
+            make_layout(name, 8, 2)
+    for name in ("striped:", "striped:0", "striped:-3", "striped:2.5", "striped:x"):
+        with pytest.raises(ValueError, match=f"layout '{name}': a stripe holds at least 1 token"):
+            make_layout(name, 8, 2)

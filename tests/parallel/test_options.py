@@ -67,11 +67,13 @@ def test_ranks_must_agree(options, message):
         assert all(message in found for found in two.run(joined, options))
 
 
-def step(world: hdp.World, options: dict[str, Any]) -> tuple[float, float, int]:
+def step(world: hdp.World, options: dict[str, Any], layout: str = "zigzag") -> tuple[float, float, int]:
     """Loss, gradient norm and bytes that this rank sent in attention, of a step whose plan says ring."""
     world = again(world, **options)
     engine = make_engine(world, "fsdp-step", make_model("gqa"))
-    plan = Plan.from_groups(LENGTHS, GROUPS, SLOTS, world_size=2, capacity=200, regime="step", planner="by hand")
+    plan = Plan.from_groups(
+        LENGTHS, GROUPS, SLOTS, world_size=2, capacity=200, regime="step", planner="by hand", layout=layout
+    )
     batch = plan_batch(world, engine, make_documents(LENGTHS), 200, planner=lambda *_, **__: plan)
     before = world.channel.sent_bytes
     loss = engine.forward_backward(batch).loss
@@ -101,3 +103,18 @@ def test_a_narrower_way(by_plan):
     for (loss, norm, sent), (want, want_norm, ring) in zip(found, by_plan, strict=True):
         assert sent < 0.9 * ring  # gradients still travel in fp32
         assert (loss, norm) == pytest.approx((want, want_norm), rel=1e-2) and norm != want_norm
+
+
+@pytest.mark.parametrize("layout", ["striped:5", "striped", "contiguous"])
+def test_a_layout_of_the_plan(by_plan, layout):
+    with Ranks(2) as two:
+        found = two.run(step, {}, layout)
+    for (loss, norm, _), (want, want_norm, _) in zip(found, by_plan, strict=True):
+        assert (loss, norm) == pytest.approx((want, want_norm), rel=1e-5)
+
+
+def test_an_unknown_layout_is_a_plan_error():
+    with pytest.raises(hdp.PlanError, match="unknown layout 'zigzag:4'"):
+        Plan.from_groups(
+            LENGTHS, GROUPS, SLOTS, world_size=2, capacity=200, regime="step", planner="by hand", layout="zigzag:4"
+        )
