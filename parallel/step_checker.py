@@ -25,7 +25,7 @@ from hdp.attention.layout import make_layout
 from hdp.attention.lowered import Geometry
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_pair
+from hdp.attention.schedules import get_pair, lay_out
 from hdp.balance.plan import Plan
 from hdp.parallel.arrangement import Arrangement, ArrangementError, Work, arrange, works
 
@@ -162,8 +162,9 @@ def _calls(plan: Plan, attention: Attention, mask: Mask) -> Calls:
             for number, (length, group, names) in sequences.items():
                 if len(group) == 1:
                     continue
-                layout = make_layout(plan.layout, length, len(group))
-                pair = get_pair(*attention.names(names, length, group, plan.layout, mask))
+                chosen = attention.names(names, length, group, plan.layout, mask)
+                layout = lay_out(make_layout(plan.layout, length, len(group)), mask, chosen[backward])
+                pair = get_pair(*chosen)
                 make = pair.backward if backward else pair.forward
                 programs = [make(layout, mask, attention.heads, member) for member in range(len(group))]
                 shared.append(SharedSequence(number=number, group=group, programs=programs))

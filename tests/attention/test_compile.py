@@ -72,6 +72,32 @@ def test_no_graph_break_and_no_recompilation_for_a_new_batch(dynamic: bool | Non
     assert not counters["graph_break"]
 
 
+@pytest.mark.parametrize(("dynamic", "sizes"), [(True, 1), (None, 2)])
+def test_micro_batches_of_any_length_compile_nothing_new(dynamic: bool | None, sizes: int) -> None:
+    """One graph for every number of tokens (two if dynamo has to find out that they vary), and one for a single token.
+
+    That one, which a rank without work runs, is dynamo's: it always takes sizes 0 and 1 for constants.
+    """
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    layer = Layer()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+
+    def graphs(*batches: list[int]) -> int:
+        for lengths in batches:
+            x, route = torch.randn(sum(lengths), HEADS * DIM), make_route(lengths)
+            for mine, theirs in zip(step(compiled, x, route), step(layer, x, route), strict=True):
+                torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+        return counters["stats"]["unique_graphs"]
+
+    assert graphs([5, 7], [9, 11]) == sizes
+    assert graphs([30], [2], [17, 4, 4], [64, 1], [0, 5], [90], [3]) == sizes
+    assert graphs([1]) == sizes + 1
+    assert graphs([8, 8], [1], [257], [1, 0], [12]) == sizes + 1
+    assert not counters["graph_break"]
+
+
 def keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Saves what the operator returns; everything else is computed again."""
     keep = op == torch.ops.hdp.attend.default

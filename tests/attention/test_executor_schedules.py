@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import random
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cases import HEAD_DIM, HEADS, MASKS, SCHEDULES, SCORING, mixed
+from cases import HEAD_DIM, HEADS, SCHEDULES, SCORING, mixed
 from virtual import CPU, Sequence_, attend_together, make_data
 
-from hdp.attention import AttentionRuntime, Route, RouteShard, attend
+from hdp.attention import AttentionRuntime, Route, RouteShard
 from hdp.attention.auto import Chooser
 from hdp.attention.channel import VirtualNetwork
 from hdp.attention.choose import Links
@@ -25,7 +22,7 @@ from hdp.attention.lowered import Geometry, Lowered
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
 from hdp.attention.route import LayerKey
-from hdp.attention.schedules import get_schedule
+from hdp.attention.schedules import get_schedule, lay_out
 
 
 @pytest.mark.parametrize("forward", ["ring", "ulysses", "token_ring"])
@@ -47,7 +44,7 @@ def test_bytes_sent_are_those_of_the_program(name: str, backward: bool) -> None:
     sequences = [Sequence_(length=61, group=group, schedule=name), Sequence_(length=24, group=(0,))]
     data = make_data([61, 24], heads, HEAD_DIM, mask, SCORING, torch.bfloat16, seed=1)
     result = attend_together(sequences, data, mask, SCORING, torch.bfloat16, backend="cpu")
-    layout, schedule = make_layout("zigzag", 61, 4), get_schedule(name)
+    layout, schedule = lay_out(make_layout("zigzag", 61, 4), mask, name), get_schedule(name)
     make = schedule.backward if backward else schedule.forward
     counts = [count(make(layout, mask, heads, m), layout, mask, heads, m, sizes, backward) for m in range(4)]
     sent = result.networks[backward].sent_bytes
@@ -135,7 +132,8 @@ def lowered_member(
     name: str, size: int, heads: HeadCount, mask: Mask, member: int, backward: bool
 ) -> tuple[Lowered, Count]:
     """One member's program of a sequence of 128 tokens a rank, lowered, and its counts."""
-    layout, schedule = make_layout("zigzag" if mask.causal else "contiguous", 128 * size, size), get_schedule(name)
+    layout = lay_out(make_layout("zigzag" if mask.causal else "contiguous", 128 * size, size), mask, name)
+    schedule = get_schedule(name)
     program = (schedule.backward if backward else schedule.forward)(layout, mask, heads, member)
     group = tuple(range(size))
     task = Task(sequence=0, layout=layout, group=group, member=member, row=0, program=program, mask=mask)
@@ -190,91 +188,7 @@ def test_lowering_is_linear_and_buffers_are_reused() -> None:
         assert operations[1] <= 4.5 * operations[0]
 
 
-# ---------------------------------------------------------------- real ranks
-
-
-class Slow:
-    """A channel whose transfers are late: posts, and each wait for one, by times of their own."""
-
-    def __init__(self, channel: Any, seed: int) -> None:
-        self._channel, self._draw = channel, random.Random(seed)
-
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self._channel, name)
-        if name not in ("post", "wait_receives", "wait_late", "wait_sends"):
-            return attribute
-
-        def late(*arguments: Any) -> Any:
-            time.sleep(self._draw.random() * 0.005)
-            return attribute(*arguments)
-
-        return late
-
-
-def grouped(channel: Any) -> Any:
-    """The channel as on NCCL: one grouped call a round and lane, no tags, nothing can be asked."""
-    twin = copy.copy(channel)
-    twin._grouped, twin.can_ask = True, False
-    return twin
-
-
-def on_real_ranks(world: Any, name: str, heads_name: str, mask_name: str, how: str) -> tuple[dict, list, bool]:
-    """Errors of this rank's rows, their bits, and whether it sent the bytes that the programs count."""
-    (mask, layout), heads = MASKS[mask_name], HEADS[heads_name]
-    sequences = mixed(name, random.Random(f"{name} {heads_name}"), world.world_size, layout)
-    data = make_data([s.length for s in sequences], heads, HEAD_DIM, mask, SCORING, torch.float32, seed=4)
-    channel = {"prompt": copy.copy, "delayed": lambda c: Slow(c, world.rank), "grouped": grouped}[how](world.channel)
-    runtime = AttentionRuntime(world.rank, channel, world.device, "cpu")
-    mine = [(i, s) for i, s in enumerate(sequences) if world.rank in s.group]
-    route = Route(runtime, [s.shard(i) for i, s in mine], serial=(1, 2))
-
-    def rows(tensors: list[torch.Tensor]) -> torch.Tensor:
-        return torch.cat([tensors[i][a:b] for i, s in mine for a, b in s.ranges(world.rank)] or [tensors[0][:0]])
-
-    q, k, v, do = (rows([getattr(d, n) for d in data]).float() for n in ("q", "k", "v", "do"))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    before = channel.sent_bytes
-    out = attend(*leaves, route=route, causal=mask.causal, window=mask.window)
-    out.backward(do)
-    sent = channel.sent_bytes - before
-    sizes, expected = Sizes(head_dim=HEAD_DIM, model_bytes=4), 0
-    for _, s in mine:
-        laid, schedule = make_layout(layout, s.length, len(s.group)), get_schedule(s.schedule)
-        member = s.group.index(world.rank)
-        for make, backward in ((schedule.forward, False), (schedule.backward, True)):
-            program = make(laid, mask, heads, member)
-            expected += count(program, laid, mask, heads, member, sizes, backward).sent_bytes
-    results = {"out": out.detach(), **{f"d{n}": t.grad for n, t in zip("qkv", leaves, strict=True)}}
-    errors = {}
-    for what, result in results.items():
-        want = rows([getattr(d, what) for d in data])
-        errors[what] = ((result.double() - want).norm() / want.norm()).item()
-    return errors, [r.tolist() for r in results.values()], sent == expected
-
-
-REAL = (
-    *(
-        ("ring", "gqa3", "causal"),
-        ("ring_q", "mha", "causal"),
-        ("token_ring", "mha", "window"),
-        ("direct", "gqa8", "window"),
-    ),
-    *(("all_gather:2", "gqa3", "bidirectional"), ("ulysses:2", "mqa", "causal"), ("hybrid:2", "gqa3", "striped")),
-    ("double_ring:2", "mha", "window_both_ways"),
-)
-
-
-@pytest.mark.parametrize(("name", "heads_name", "mask_name"), REAL)
-def test_on_real_ranks(ranks: Callable[[int], Any], name: str, heads_name: str, mask_name: str) -> None:
-    """Exact, the bytes of the closed forms; delays and NCCL's grouped calls change not a bit."""
-    prompt, delayed, nccl = (
-        ranks(4).run(on_real_ranks, name, heads_name, mask_name, how) for how in ("prompt", "delayed", "grouped")
-    )
-    for (errors, bits, sent), *others in zip(prompt, delayed, nccl, strict=True):
-        assert max(errors.values()) <= 1e-5
-        assert sent, "bytes on the wire are not those of the programs"
-        for _, other, same in others:
-            assert same and other == bits
+# ---------------------------------------------------------------- order
 
 
 class Recorder:

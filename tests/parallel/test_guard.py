@@ -31,8 +31,9 @@ def fail(how: str) -> None:
     os.kill(os.getpid(), {"is killed": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
 
 
-def train(world: hdp.World, victim: int, how: str, where: str) -> None:
+def train(world: hdp.World, victim: int, how: str, where: str, schedule: str | None = None) -> None:
     """Three steps of a planned batch with shared and whole documents; ``victim`` fails in the midst of one of them."""
+    world.runtime.schedule = schedule
     engine = hdp.shard(make_model(), world)
     count = 0
 
@@ -56,11 +57,11 @@ def train(world: hdp.World, victim: int, how: str, where: str) -> None:
         engine.forward_backward(batch)
 
 
-def survivors(victim: int, how: str, where: str, **options) -> list[Outcome]:
+def survivors(victim: int, how: str, where: str, schedule: str | None = None, **options) -> list[Outcome]:
     ranks = Ranks(3, timeout=TIMEOUT, **options)
     grace = 15.0 if how in ("is killed", "raises") else 3.0  # the victim itself will never end
     try:
-        outcomes = ranks.outcomes(train, victim, how, where, limit=30.0, grace=grace)
+        outcomes = ranks.outcomes(train, victim, how, where, schedule, limit=30.0, grace=grace)
     finally:
         ranks.close()
     if how == "is killed":
@@ -76,6 +77,12 @@ def survivors(victim: int, how: str, where: str, **options) -> list[Outcome]:
 @pytest.mark.parametrize("where", ["attention", "reduce-scatter", "between steps"])
 def test_a_killed_rank_is_named(where):
     for outcome in survivors(1, "is killed", where):
+        assert re.search(r"PeerError: rank 1 is dead or stopped: no sign of life .* last seen at: ", outcome.error)
+
+
+@pytest.mark.parametrize("schedule", ["direct", "ulysses_home:2", "token_ring"])
+def test_a_killed_rank_is_named_whatever_the_schedule(schedule):
+    for outcome in survivors(1, "is killed", "attention", schedule):
         assert re.search(r"PeerError: rank 1 is dead or stopped: no sign of life .* last seen at: ", outcome.error)
 
 

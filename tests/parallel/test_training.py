@@ -17,7 +17,10 @@ from hdp.balance import Plan
 LENGTHS = [90, 10, 33, 5, 1, 60, 12, 40, 7, 25, 18, 3]
 
 
-def train(world: hdp.World, steps: int, options: dict) -> tuple[list[float], dict[str, torch.Tensor]]:
+def train(
+    world: hdp.World, steps: int, options: dict, schedule: str | None = None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    world.runtime.schedule = schedule
     engine = hdp.shard(make_model(), world)
     optimizer = torch.optim.AdamW(engine.parameters(), lr=1e-2)
     fields = {"tokens_per_step": 120, "capacity": 64, "steps": steps, "seed": 7, **options}
@@ -31,13 +34,22 @@ def train(world: hdp.World, steps: int, options: dict) -> tuple[list[float], dic
     return losses, weights if world.rank == 0 else {}
 
 
-@pytest.mark.parametrize("planner", ["naive", "auto"])
+BITS = [
+    ("naive", None),
+    ("auto", None),
+    ("naive", "token_ring"),
+    ("naive", "ulysses_home:2"),
+    ("naive", "direct/ring_q"),
+]
+
+
+@pytest.mark.parametrize(("planner", "schedule"), BITS)
 @pytest.mark.parametrize("world", [2, 3])
-def test_the_same_seed_gives_the_same_bits(world, planner):
+def test_the_same_seed_gives_the_same_bits(world, planner, schedule):
     runs = []
     for _ in range(2):  # new processes each time
         with Ranks(world) as ranks:
-            runs.append(ranks.run(train, 6, {"planner": planner}))
+            runs.append(ranks.run(train, 6, {"planner": planner}, schedule))
     (losses, weights), (losses_again, weights_again) = runs[0][0], runs[1][0]
     assert losses == losses_again and len(set(losses)) == 6
     assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
