@@ -186,14 +186,15 @@ def _cut_band(mask: Mask, q: Range, k: Range, reach: int) -> Iterator[Rectangle]
     """At most ``reach`` rows: one ANTICAUSAL edge, a FULL middle, one CAUSAL edge (or none when bidirectional)."""
     start, stop = q
     rows = stop - start
-    lower = start - reach + 1  # first key of the first row; the edge's square has rows - 1 rows
-    yield from _clip_square(Shape.ANTICAUSAL, start, lower, rows - 1, k)
+    lower = start - reach + 1  # first key of the first row
+    edge = min(rows, reach - 1)  # columns from there on that not all rows see, or, of fewer rows than reach, one more
+    yield from _clip_square(Shape.ANTICAUSAL, start, lower, edge, k)
     if mask.causal:
-        yield from _clip_full(q, (stop - reach, start), k)
+        yield from _clip_full(q, (lower + edge, start), k)
         yield from _clip_square(Shape.CAUSAL, start, start, rows, k)
     else:
-        yield from _clip_full(q, (stop - reach, start + reach), k)
-        yield from _clip_square(Shape.CAUSAL, start + 1, start + reach, rows - 1, k)
+        yield from _clip_full(q, (lower + edge, start + reach - 1), k)
+        yield from _clip_square(Shape.CAUSAL, start, start + reach - 1, rows, k)
 
 
 def _clip_full(q: Range, keys: Range, k: Range) -> Iterator[Rectangle]:

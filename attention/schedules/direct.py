@@ -52,9 +52,7 @@ class _Direct:
         """0: there is no such step."""
         return self.distances[index] if 0 <= index < len(self.distances) else 0
 
-    def _exchange(
-        self, kind: Kind, distance: int, lane: int = 0
-    ) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
+    def _exchange(self, kind: Kind, distance: int, lane: int = 0) -> tuple[tuple[Transfer, ...], tuple[Transfer, ...]]:
         """What of this member's block concerns the member ``distance`` ahead, and of the block as far behind this member."""
         if not distance:
             return (), ()

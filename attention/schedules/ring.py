@@ -96,7 +96,9 @@ class Ring:
         here = [c for way in WAYS for c in self._chunks(hop, way) if hop <= self._reach(c, way)[1]]
         return self.sight.tiles(own, tuple(sorted(here)), self.queries)
 
-    def _both(self, way_of: Callable[..., tuple[Transfer, ...]], hop: int, start: int, peer: int) -> tuple[Transfer, ...]:
+    def _both(
+        self, way_of: Callable[..., tuple[Transfer, ...]], hop: int, start: int, peer: int
+    ) -> tuple[Transfer, ...]:
         """Transfers of chunks that travel ahead, and of those that travel back."""
         return tuple(t for way in WAYS for t in way_of(hop, start, way, peer * way))
 

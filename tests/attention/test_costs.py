@@ -18,7 +18,8 @@ from hdp.attention.schedules import get_schedule, lay_out
 NAMES = (
     *("ring", "ring_q", "token_ring", "direct", "all_gather", "all_gather:3", "ulysses", "ulysses:2", "ulysses:3"),
     *("ulysses_home", "ulysses_home:2", "ulysses_home:3"),
-    *("hybrid:1", "hybrid:2", "hybrid:3", "hybrid:4", "double_ring:1", "double_ring:2", "double_ring:3", "double_ring:4"),
+    *("hybrid:1", "hybrid:2", "hybrid:3", "hybrid:4"),
+    *("double_ring:1", "double_ring:2", "double_ring:3", "double_ring:4"),
 )
 HEADS = (
     HeadCount(query=4, key=4),
