@@ -27,7 +27,7 @@ from hdp.parallel.loader import Loader
 from hdp.parallel.loss import loss_sum
 from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans, pack_spans
 from hdp.parallel.models import check_attention, check_router, compute_dtype, output_head
-from hdp.parallel.schedules import make_chooser
+from hdp.parallel.schedules import set_chooser
 from hdp.parallel.world import World
 
 logger = logging.getLogger("hdp")
@@ -56,15 +56,7 @@ class Engine:
         """What becomes of saved activations; None keeps them all."""
         if world.assumptions is None:
             world.assumptions = assume(model, world.device, world.world_size, compute_dtype(model))
-        if world.assumptions is not None and world.runtime.chooser is None:  # for plans with schedule "auto"
-            known = world.assumptions
-            world.runtime.chooser = make_chooser(
-                known.topology,
-                flops=known.flops,
-                byte_seconds=known.byte_seconds,
-                message_seconds=known.message_seconds,
-                call_seconds=known.call_seconds,
-            )
+        set_chooser(world)
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
 

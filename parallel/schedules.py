@@ -2,10 +2,42 @@
 
 from __future__ import annotations
 
-from hdp.attention.auto import Chooser
+from typing import TYPE_CHECKING
+
+from hdp.attention.auto import AUTO, Chooser
 from hdp.attention.choose import Links
 from hdp.balance.topology import Topology
-from hdp.parallel.costs import HOST_SECONDS
+from hdp.parallel.costs import HOST_SECONDS, Assumptions
+
+if TYPE_CHECKING:
+    from hdp.parallel.world import World
+
+
+def set_chooser(world: World) -> None:
+    """Lets ``"auto"`` choose by what is assumed of the model and the ranks, unless somebody set a chooser.
+
+    Raises ValueError if ``hdp.init`` was told ``"auto"`` and nothing is known to choose by.
+    """
+    runtime = world.runtime
+    if runtime.chooser is None and world.assumptions is not None:
+        runtime.chooser = assumed_chooser(world.assumptions)
+    if runtime.chooser is None and AUTO in (runtime.schedule or "").split("/"):
+        raise ValueError(
+            f"schedule={runtime.schedule!r} needs to know links and rates, and no config of the model's tells its shape: set"
+            " world.runtime.chooser = hdp.parallel.schedules.make_chooser(topology, flops=...) before the engine is made, alike"
+            " on all ranks, or name a schedule"
+        )
+
+
+def assumed_chooser(known: Assumptions) -> Chooser:
+    """Chooses by what planners are told when nothing was measured."""
+    return make_chooser(
+        known.topology,
+        flops=known.flops,
+        byte_seconds=known.byte_seconds,
+        message_seconds=known.message_seconds,
+        call_seconds=known.call_seconds,
+    )
 
 
 def make_chooser(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from engines import plan_batch
+from harness import Ranks
 from tiny import make_documents, make_model
 from transformers import LlamaConfig
 
 import hdp
 from hdp.balance import make_plan
-from hdp.parallel.costs import assume
+from hdp.parallel.costs import BYTE_SECONDS, CALL_SECONDS, MESSAGE_SECONDS, assume
 
 
 def test_a_small_model_on_a_cpu_shares_only_what_pays():
@@ -63,3 +64,38 @@ def with_schedule(world: hdp.World, schedule: str) -> tuple:
 
 def test_schedule_auto_works_under_an_engine(ranks):
     assert ranks(3).run(with_schedule, "auto")[0] == pytest.approx(ranks(3).run(with_schedule, "ring")[0], rel=1e-6)
+
+
+def rates(world: hdp.World) -> tuple[float, float, float]:
+    hdp.shard(make_model(), world)
+    chooser = world.runtime.chooser
+    return chooser.byte_seconds, chooser.message_seconds, chooser.call_seconds
+
+
+def test_auto_counts_what_messages_and_calls_take_from_a_core(ranks):
+    found = ranks(2).run(rates)
+    assert found == [(BYTE_SECONDS["cpu"], MESSAGE_SECONDS["cpu"], CALL_SECONDS["cpu"])] * 2
+    assert min(found[0]) > 0
+
+
+class Shapeless(torch.nn.Module):
+    """A model of one's own: no config tells its shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.lm_head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+
+def without_shape(world: hdp.World) -> str:
+    world.runtime.schedule = "auto"
+    model = Shapeless()
+    try:
+        hdp.shard(model, world, layers=[model.body])
+    except ValueError as error:
+        return str(error)
+    return "made"
+
+
+def test_auto_without_anything_to_choose_by_is_refused_at_once():
+    with Ranks(1) as alone:
+        assert "schedule='auto' needs to know links and rates" in alone.run(without_shape)[0]
