@@ -33,8 +33,7 @@ class Sight:
         self.places = layout.size // width
         # Where owners change: chunks that lie one after the other, none empty, however they are cut. What a chunk sees is
         # then an interval of these.
-        whole = make_layout(layout.name, layout.length, layout.size)
-        self._starts = [ranges[0][0] for ranges in whole.chunks] if _is_run(whole) else []
+        self._starts = _borders(layout)
         self._is_plain = all(len(ranges) == 1 for ranges in layout.chunks)
         self._owned = [layout.owned(m) for m in range(layout.size)]
         self._chunks: dict[int, tuple[int, ...]] = {}
@@ -199,10 +198,12 @@ def _ends(hops: list[int]) -> Hops:
     return (hops[0], hops[-1]) if hops else (0, 0)
 
 
-def _is_run(layout: Layout) -> bool:
-    return layout.name in ("zigzag", "contiguous") and all(
-        len(ranges) == 1 and ranges[0][0] < ranges[0][1] for ranges in layout.chunks
-    )
+def _borders(layout: Layout) -> list[int]:
+    """First tokens of a zigzag or contiguous layout's chunks as they were before they were cut; none if one is empty."""
+    if layout.name not in ("zigzag", "contiguous"):
+        return []
+    spans = [ranges[0] for ranges in make_layout(layout.name, layout.length, layout.size).chunks]
+    return [start for start, _ in spans] if all(start < stop for start, stop in spans) else []
 
 
 def _view(mask: Mask, tokens: Range, is_key: bool) -> Range:

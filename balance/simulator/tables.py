@@ -11,7 +11,7 @@ from hdp.attention.counts import Sizes, count
 from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_pair, get_schedule
+from hdp.attention.schedules import get_pair, get_schedule, lay_out
 from hdp.balance.models import ModelShape
 from hdp.balance.plan import PlanError
 
@@ -31,12 +31,12 @@ def table(
             f"schedule {forward!r} on {size} ranks: the simulator counts programs of at most {LARGEST} ranks"
         )
     length = 2 * size * REFERENCE_CHUNK
-    place = make_layout(layout, length, size)
+    mask = Mask()
+    place = lay_out(make_layout(layout, length, size), mask, backward if is_backward else forward)
     heads = HeadCount(query=shape.heads, key=shape.kv_heads)
     sizes = Sizes(head_dim=shape.head_dim, model_bytes=element)
     pair = get_schedule(forward) if forward == backward else get_pair(forward, backward)
     make = pair.backward if is_backward else pair.forward
-    mask = Mask()
     programs = [make(place, mask, heads, m) for m in range(size)]
     counts = [count(programs[m], place, mask, heads, m, sizes, is_backward) for m in range(size)]
     rounds = max(len(c.steps) for c in counts)
