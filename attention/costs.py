@@ -1,8 +1,8 @@
 """Bytes, tiles, steps and buffers of every schedule in closed form, without making a program.
 
 For the masks and layouts that go together: causal with zigzag, bidirectional with contiguous. Exact when the group divides
-the length (zigzag: twice the group; a double ring: its parts as well); otherwise a few tokens off. Sliding windows have no closed form worth the name: count
-their programs (``hdp.attention.counts``), which is what tests hold these formulas equal to.
+the length (zigzag: twice the group; a double ring: its parts as well); otherwise a few tokens off. Sliding windows have no
+closed form worth the name: count their programs (``hdp.attention.counts``), which is what tests hold these formulas equal to.
 
 [Note: weights] Of a block of ``s`` tokens either all counts or, with a causal mask, one half. Member ``m`` of ``n`` looks at
 the front half of a lower member's block and at both halves of a higher one's, so it reads n - 1 - m/2 blocks of others, and
