@@ -5,6 +5,9 @@ A bound holds for plans that offload up to the problem's ratio: copies are not c
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 
 from hdp.balance.plan import IntArray
@@ -14,7 +17,7 @@ from hdp.balance.planners.problem import Problem
 def fewest_ranks(problem: Problem, sequences: IntArray, ticks: int) -> tuple[IntArray, IntArray]:
     """Per sequence the fewest ranks whose share takes at most ``ticks``, and whether they span nodes.
 
-    World + 1 where even the whole world takes longer. Shares fall with the group within a node, and across nodes.
+    World + 1 where the share is longer on any number of ranks.
     """
     node = problem.topology.node_size
     inside = _search(problem, sequences, ticks, 1, node, 0)
@@ -24,23 +27,56 @@ def fewest_ranks(problem: Problem, sequences: IntArray, ticks: int) -> tuple[Int
 
 def _search(problem: Problem, sequences: IntArray, ticks: int, low: int, high: int, across: int) -> IntArray:
     bad = np.full(len(sequences), low - 1, dtype=np.int64)
-    good = np.full(len(sequences), max(high, low - 1) + 1, dtype=np.int64)
+    best = np.clip(best_size(problem, sequences, across), low, max(high, low))
+    good = np.where(high < low, low, best + 1)
     while np.any(good - bad > 1):
         mid = np.maximum((good + bad) // 2, 1)
-        fits = problem.costs.share(sequences, mid, across) <= ticks
+        fits = problem.costs.share(sequences, mid, across) <= ticks + _missed(problem, ticks, across)
         active = good - bad > 1
         good = np.where(active & fits, mid, good)
         bad = np.where(active & ~fits, mid, bad)
-    return good
+    return np.where(good > best, max(high, low - 1) + 1, good)
+
+
+def best_size(problem: Problem, sequences: IntArray, across: int) -> IntArray:
+    """Ranks of a node, or of the world (``across``: 1), over which each sequence's share is shortest.
+
+    Shares fall with the group until the latency of the hops, of which there is one more for each rank, outweighs what the
+    others take over.
+    """
+    high = problem.world_size if across else problem.topology.node_size
+    rises = np.full(len(sequences), high, dtype=np.int64)
+    if not problem.costs.latency[across]:
+        return rises
+    falls = np.zeros(len(sequences), dtype=np.int64)
+    while np.any(rises - falls > 1):
+        mid = (falls + rises) // 2
+        here, there = (problem.costs.share(sequences, np.maximum(n, 1), across) for n in (mid, mid + 1))
+        active = rises - falls > 1
+        falls = np.where(active & (there < here), mid, falls)
+        rises = np.where(active & (there >= here), mid, rises)
+    return rises
+
+
+def ticks_spent(problem: Problem, sequences: IntArray, sizes: IntArray, across: IntArray) -> IntArray:
+    """Ticks of all members together, without the latency of hops: sequences packed into one ring pay that once."""
+    costs = replace(problem.costs, latency=(0, 0))
+    return np.asarray(costs.share(sequences, sizes, across) * sizes, dtype=np.int64)
 
 
 def shortest_share(problem: Problem, sequences: IntArray) -> IntArray:
     """Ticks of each sequence at its best group size: no slot that holds it is shorter."""
     node, world = problem.topology.node_size, problem.world_size
     best = problem.costs.work[sequences]
-    for size, across in ((node, 0), (world, int(world > node))):
-        best = np.minimum(best, problem.costs.share(sequences, size, across))
+    for across in (0, 1) if world > node else (0,):
+        share = problem.costs.share(sequences, best_size(problem, sequences, across), across)
+        best = np.minimum(best, share - _missed(problem, share, across))
     return best
+
+
+def _missed(problem: Problem, ticks: Any, across: int) -> Any:
+    """How much shorter than at :func:`best_size` a share of about ``ticks`` may be at a size near it, and more."""
+    return ticks // 1024 if problem.costs.latency[across] else 0
 
 
 def step_bound(problem: Problem) -> int:
@@ -74,7 +110,7 @@ def _could_take(problem: Problem, order: IntArray, makespan: int) -> bool:
         sizes, across = fewest_ranks(problem, block, ticks)
         if np.any(sizes > problem.world_size):
             return False
-        losses = problem.costs.share(block, sizes, across) * sizes - problem.costs.work[block]
+        losses = ticks_spent(problem, block, sizes, across) - problem.costs.work[block]
         exposed = losses > sizes * 4  # more than what rounding up to ticks explains
         stop = len(block) if exposed.all() else int(np.argmin(exposed))
         lost += int((losses - 4 * sizes)[:stop].sum())

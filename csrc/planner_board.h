@@ -164,7 +164,9 @@ class Board {
     const i64 world = machine_.world, node = machine_.node;
     const i64 low = std::max<i64>(seq_.smallest[d], std::min<i64>(world, node + 1));
     i64 fewest_ranks = fewest(machine_, seq_, d, target, low, world, 1);
-    if (fewest_ranks > world) fewest_ranks = options_.barrier ? world + 1 : world;
+    if (fewest_ranks > world) {
+      fewest_ranks = options_.barrier ? world + 1 : std::max<i64>(low, best_size(machine_, seq_, d, 1));
+    }
     if (fewest_ranks > world) return {};
     // A sequence that fills its ranks to more than half of the target takes the next untouched ranks, as few as it needs.
     if (!options_.aligned && cursor_ + fewest_ranks <= world && share(machine_, seq_, d, fewest_ranks, 1) > target / 2) {

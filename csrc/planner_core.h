@@ -48,6 +48,7 @@ struct Sequences {
   i64 narrow = 0;                       // widest group whose shares are remembered
   mutable std::vector<i64> inside;      // share within a node, [sequence, ranks]
   mutable std::vector<int> hidden[2];   // most_hidden within a node, over the world
+  mutable std::vector<int> best[2];     // best_size within a node, over the world
 
   void finish(const Machine& machine) {
     work.resize(count);
@@ -55,6 +56,7 @@ struct Sequences {
     narrow = std::min<i64>(machine.largest(), 16);
     inside.assign(count * (narrow + 1), 0);
     for (auto& known : hidden) known.assign(count, 0);
+    for (auto& known : best) known.assign(count, 0);
   }
 };
 
@@ -81,14 +83,30 @@ inline i64 share(const Machine& machine, const Sequences& seq, int d, i64 n, int
   return known;
 }
 
-// Fewest ranks in [low, high] whose share is at most `ticks`; high + 1 when there is none. Shares fall with n.
+// Ranks of a node, or of the world, over which a share is shortest. Shares fall with n until the latency of the hops, of
+// which there is one more for each rank, outweighs what the others take over.
+inline i64 best_size(const Machine& machine, const Sequences& seq, int d, int across) {
+  const int high = across ? machine.world : machine.largest();
+  if (machine.latency[across] == 0) return high;
+  int& known = seq.best[across][d];
+  if (known != 0) return known;
+  int falls = 0, rises = high;
+  while (rises - falls > 1) {
+    const int mid = (falls + rises) / 2;
+    (share(machine, seq, d, mid + 1, across) < share(machine, seq, d, mid, across) ? falls : rises) = mid;
+  }
+  return known = rises;
+}
+
+// Fewest ranks in [low, high] whose share is at most `ticks`; high + 1 when there is none.
 inline i64 fewest(const Machine& machine, const Sequences& seq, int d, i64 ticks, i64 low, i64 high, int across) {
-  i64 bad = low - 1, good = high + 1;
+  const i64 best = std::clamp(best_size(machine, seq, d, across), low, std::max(low, high));
+  i64 bad = low - 1, good = best + 1;
   while (good - bad > 1) {
     const i64 mid = (good + bad) / 2;
     (share(machine, seq, d, mid, across) <= ticks ? good : bad) = mid;
   }
-  return good;
+  return good > best ? high + 1 : good;
 }
 
 // Most ranks of a node, or of the world, over which the ring still hides, up to 1/128 of the work.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdp.balance import CostModel, Link, Plan, Topology, evaluate, make_plan, plan
-from hdp.balance.bounds import slot_bound, step_bound
+from hdp.balance.bounds import shortest_share, slot_bound, step_bound
 from hdp.balance.distributions import draw_lengths
 from hdp.balance.exact import exact_optimum
 from hdp.balance.planners import PLANNERS, make_problem
@@ -19,12 +20,19 @@ COST = CostModel.from_shape("llama-7b", flops=400e12)
 CAPACITY = 8192
 
 
-def problem_of(lengths: object, world: int, regime: str, capacity: int = CAPACITY):
-    return make_problem(lengths, Topology(world_size=world), COST, capacity=capacity, regime=regime, planner="auto")
+def cluster(world: int, latency: float = 0.0) -> Topology:
+    """``latency``: seconds of a hop within a node; one across takes twice as long."""
+    plain = Topology(world_size=world)
+    links = replace(plain.intra, latency=latency), replace(plain.inter, latency=2 * latency)
+    return replace(plain, intra=links[0], inter=links[1])
 
 
-def makespan(lengths: object, world: int, regime: str, planner: str = "auto") -> int:
-    topology = Topology(world_size=world)
+def problem_of(lengths: object, world: int, regime: str, capacity: int = CAPACITY, latency: float = 0.0):
+    return make_problem(lengths, cluster(world, latency), COST, capacity=capacity, regime=regime, planner="auto")
+
+
+def makespan(lengths: object, world: int, regime: str, planner: str = "auto", latency: float = 0.0) -> int:
+    topology = cluster(world, latency)
     return evaluate(
         plan(lengths, topology, COST, capacity=CAPACITY, regime=regime, planner=planner), COST, topology
     ).makespan
@@ -36,14 +44,37 @@ def makespan(lengths: object, world: int, regime: str, planner: str = "auto") ->
 def test_no_plan_beats_the_bound(regime: str, data: st.DataObject) -> None:
     world = data.draw(st.sampled_from([3, 8, 17, 24]))
     lengths = data.draw(st.lists(st.integers(1, 3 * CAPACITY), min_size=1, max_size=30))
-    bound = step_bound(problem_of(lengths, world, regime))
+    latency = data.draw(st.sampled_from([0.0, 5e-6, 1e-4, 2e-3]))
+    problem = problem_of(lengths, world, regime, latency=latency)
+    bound = step_bound(problem)
     if regime == "slot":
-        sharper = slot_bound(problem_of(lengths, world, regime))
+        sharper = slot_bound(problem)
         assert sharper >= bound
         bound = sharper
     for planner in PLANNERS:
         if planner != "flexsp":
-            assert makespan(lengths, world, regime, planner) >= bound * (1 - 1e-6)
+            assert makespan(lengths, world, regime, planner, latency) >= bound * (1 - 1e-6)
+
+
+@given(length=st.integers(1, 2_000_000), world=st.integers(1, 1000), latency=st.sampled_from([0.0, 1e-6, 1e-5, 1e-3]))
+@settings(max_examples=60, deadline=None)
+def test_no_group_is_faster_than_the_best_one(length: int, world: int, latency: float) -> None:
+    """Where hops take time, a ring can be too long: the best group lies between the fewest ranks and all of them."""
+    problem = problem_of([length], world, "step", capacity=length, latency=latency)
+    node = problem.topology.node_size
+    sizes = np.arange(1, world + 1)
+    shares = problem.costs.share(np.zeros(world, dtype=np.int64), sizes, (sizes > node).astype(np.int64))
+    found = int(shortest_share(problem, np.array([0]))[0])
+    assert shares.min() * (1 - 2 / 1024) - 2 <= found <= shares.min()
+
+
+@pytest.mark.parametrize("regime", ["step", "slot"])
+def test_a_giant_takes_the_group_that_suits_it_best(regime: str) -> None:
+    """Neither the fewest ranks nor all: on 2,048 ranks with hops of 10 us the best ring for 1.4M tokens is in between."""
+    lengths = [1_400_000, *[3000] * 500]
+    ours, latency = makespan(lengths, 2048, regime, latency=5e-6), 5e-6
+    assert ours <= 1.003 * step_bound(problem_of(lengths, 2048, regime, latency=latency))
+    assert ours <= 1.001 * makespan(lengths, 2048, regime, "static", latency)
 
 
 @pytest.mark.parametrize("lengths", [[20000, 9000, 5000, 300], [8000] * 5, [30000, 700, 600], [7000, 6500, 4000, 2500]])
