@@ -126,10 +126,15 @@ def slot_costs(made: Plan, cost: CostModel) -> dict[int, CostModel]:
 
 
 def activation_peak(made: Plan, cost: CostModel) -> float:
-    """Bytes of activations of the fullest micro-batch: what it offloads or computes again taken off, as in Eq. 3."""
+    """Bytes of activations of the fullest micro-batch: what it offloads or computes again taken off, as in Eq. 3.
+
+    A shared document keeps, beside its own tokens, the block of keys and values that its ring brought last: backward begins
+    with it, which saves a hop (N - 1 instead of N). It is as large as the rank's own.
+    """
     ranks, slots, held = made.held()
     if not len(ranks):
         return 0.0
+    blocks = made.held(shared=True)[2] * (cost.ring_bytes / cost.activation_bytes if cost.activation_bytes else 0.0)
     ratios = {(rank, slot): ratio for rank, slot, ratio in made.offload}
     models = slot_costs(made, cost)
     kept: dict[tuple[int, float], float] = {}  # layers, by slot (one for all that run as usual) and ratio
@@ -140,7 +145,7 @@ def activation_peak(made: Plan, cost: CostModel) -> float:
             model = models.get(slot, cost)
             kept[key] = float(kept_fraction(model, key[1]) * _saved_layers(model))
         layers[i] = kept[key]
-    return float((held * layers).max()) * cost.activation_bytes
+    return float(((held + blocks) * layers).max()) * cost.activation_bytes
 
 
 def eq3(length: int, capacity: int, cost: CostModel) -> tuple[float, int]:

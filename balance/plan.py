@@ -234,9 +234,12 @@ class Plan:
         running = self.slots[sequences] >= 0
         return self.group_ranks[running], self.slots[sequences][running], tokens[running]
 
-    def held(self) -> tuple[IntArray, IntArray, IntArray]:
-        """Rank, slot and tokens of every micro-batch that holds any, ascending."""
+    def held(self, *, shared: bool = False) -> tuple[IntArray, IntArray, IntArray]:
+        """Rank, slot and tokens of every micro-batch that holds any, ascending. ``shared``: only tokens of shared sequences."""
         ranks, slots, tokens = self.shares()
+        if shared:
+            sizes = np.diff(self.group_offsets)
+            tokens = tokens * (sizes > 1).repeat(sizes)[(self.slots >= 0).repeat(sizes)]
         width = max(self.slot_count, 1)
         keys, inverse = np.unique(ranks * width + slots, return_inverse=True)
         held = np.bincount(inverse, weights=tokens, minlength=len(keys)).astype(np.int64)

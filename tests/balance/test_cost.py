@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
+from hdp.attention.layout import make_layout
+from hdp.attention.lower import Task, lower
+from hdp.attention.lowered import Geometry
+from hdp.attention.mask import Mask
+from hdp.attention.program import HeadCount
+from hdp.attention.schedules import get_schedule
 from hdp.balance import MODELS, CostModel, Link, ModelShape, Plan, PlanError, Topology, evaluate
 from hdp.balance.cost import TICK
-from hdp.balance.memory import capacity_with, eq3, hidden_ratio, ratio_for
+from hdp.balance.memory import activation_peak, capacity_with, eq3, hidden_ratio, ratio_for
 
 COST = CostModel.from_shape("llama-7b", flops=400e12)
 TOPOLOGY = Topology(world_size=64)
@@ -136,3 +142,23 @@ def test_units_that_overflow_are_refused() -> None:
 def test_latency_counts_per_hop() -> None:
     slow = Topology(world_size=8, intra=Link(bandwidth=400e9, latency=1.0))
     assert int(COST.quantise([4000], slow).share(0, 4, 0)) * TICK > 2 * 3 * 32 * 1.0
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_what_a_ring_keeps_for_backward_is_in_the_memory(size: int) -> None:
+    """Beside its own tokens a member keeps a block of keys and values; the model counts what programs really keep."""
+    shape = ModelShape(name="x", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, vocabulary=100)
+    cost = CostModel.from_shape(shape, flops=1e12)
+    tokens = 24 * size
+    groups = [tuple(range(size)), (0,)]
+    made = Plan.from_groups(
+        np.array([tokens, 10]), groups, [0, 0], world_size=size, capacity=40, regime="step", planner="x"
+    )
+    layout, heads = make_layout("zigzag", tokens, size), HeadCount(query=4, key=2)
+    program = get_schedule("ring").forward(layout, Mask(), heads, 0)
+    task = Task(sequence=0, layout=layout, group=groups[0], member=0, row=0, program=program, mask=Mask())
+    kept = lower([task], Geometry(heads=heads, head_dim=16, model_bytes=2, sum_bytes=4), False).kept_bytes
+    assert kept == 24 * cost.ring_bytes
+    assert activation_peak(made, cost) == pytest.approx(cost.layers * (34 * cost.activation_bytes + kept))
+    whole = Plan.from_groups(np.array([34]), [(0,)], [0], world_size=1, capacity=40, regime="step", planner="x")
+    assert activation_peak(whole, cost) == cost.layers * 34 * cost.activation_bytes
