@@ -4,7 +4,7 @@ Forward: at step ``t`` member ``m`` computes with the block of member ``m - t`` 
 that no member further along the ring looks at (the last chunk of a causal sequence) is not passed on.
 
 Under a sliding window a chunk goes to each member that looks at it the shorter way round, ahead or back (zigzag: what
-follows a back chunk belongs to the member before), and the ring has as many steps as the longest way has hops.
+follows a back chunk belongs to the member before), where that halves what travels, and has no step that nobody needs.
 
 Backward turns round, as in Transformer Engine: a chunk sets out from the last member that it reached in forward, which
 kept it, so the gradients of keys and values set out at once and are home after size - 1 hops instead of size. At step ``t``

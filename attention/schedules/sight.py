@@ -38,7 +38,7 @@ class Sight:
         self._owned = [layout.owned(m) for m in range(layout.size)]
         self._chunks: dict[int, tuple[int, ...]] = {}
         self._hops: dict[tuple[int, int, bool], Hops] = {}
-        self._ways: dict[tuple[int, int, bool], tuple[Hops, Hops]] = {}
+        self._ways: dict[tuple[int, bool], list[tuple[Hops, Hops]]] = {}
         self._longest: dict[tuple[int, bool], int] = {}
         self._meeting: dict[tuple[int, bool], tuple[int, ...]] = {}
 
@@ -104,18 +104,21 @@ class Sight:
         """Hops of a chunk that travels in ``direction``, and of its copy that travels the other way.
 
         Without a window all hops are in the first. Under a window those who look at a chunk are few and near it, on either
-        side (zigzag: what follows a back chunk belongs to the member before), so it goes to each the shorter way: the widest
-        gap between two of them is where neither copy passes.
+        side (zigzag: what follows a back chunk belongs to the member before), so it goes to each the shorter way, if that
+        halves what travels: the widest gap between two of them is where neither copy passes. Less than half is not worth
+        the room and the kernel calls of chunks that come from two sides at a time.
         """
-        key = (chunk, direction, is_key)
+        key = (direction, is_key)
         if key not in self._ways:
-            if self.mask.window is None:
-                self._ways[key] = self.hops(chunk, direction, is_key), (0, 0)
-            else:
-                self._ways[key] = self._split_ways(self.looking(chunk, direction, is_key))
-        return self._ways[key]
+            chunks = range(len(self.layout.chunks))
+            shortest = [self._shortest(self.looking(c, *key)) for c in chunks] if self.mask.window is not None else []
+            far = sum(self.hops(c, *key)[1] * self.layout.tokens(c) for c in chunks) if shortest else 0
+            near = sum((ahead[1] + back[1]) * self.layout.tokens(c) for c, (ahead, back) in enumerate(shortest))
+            self._ways[key] = shortest if 2 * near <= far else []
+        found = self._ways[key]
+        return found[chunk] if found else (self.hops(chunk, direction, is_key), (0, 0))
 
-    def _split_ways(self, looking: list[int]) -> tuple[Hops, Hops]:
+    def _shortest(self, looking: list[int]) -> tuple[Hops, Hops]:
         stops = [0, *looking, self.places]
         # The last of the widest gaps: where all are equally wide nothing travels the other way.
         _, gap = max((stops[i + 1] - stops[i], i) for i in range(len(stops) - 1))
