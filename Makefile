@@ -55,6 +55,8 @@ $(VENV)/.recipes: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/.recipes
 	$(PIP) -e '.[deepspeed,dev,flexsp,liger]'
+	# DeepSpeed compiles its op for CPUs when it is first used: here, and not by ranks of a test that has a time limit.
+	DS_ACCELERATOR=cpu $(BIN)/python -c 'from deepspeed.comm.torch import build_shm_op; build_shm_op()' >/dev/null
 	touch $@
 
 $(VENV)/.smollm2: $(VENV)/.recipes
