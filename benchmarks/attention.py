@@ -234,7 +234,7 @@ def chosen(tokens: int, heads: tuple[int, int], hosts: int, kind: str, rate: flo
 
 
 def exposed(cluster: Cluster) -> dict[str, float]:
-    tokens, heads, hosts = 12288, (4, 4), 4
+    tokens, heads, hosts = 16384, (4, 4), 4
     pair = ["hdp:ring/ring", TILES]
     (tiles,) = cluster.run_all(
         hosts, None, [{"tokens": tokens, "heads": heads, "candidates": [TILES], "rounds": 3, "parts": "forward"}]
@@ -244,9 +244,9 @@ def exposed(cluster: Cluster) -> dict[str, float]:
     found: dict[str, float] = {"bytes_equal": 1}
     for label, ratio in (("half", 0.5), ("equal", 1.0)):
         rate = rate_for(ratio, tokens, heads, hosts, forward)
-        cases = {"exposed": [], "mixed": [3072, 3072]}
+        cases = {"exposed": [], "mixed": [4096, 4096]}
         jobs = [
-            {"tokens": tokens, "heads": heads, "candidates": pair, "rounds": 4, "local": local}
+            {"tokens": tokens, "heads": heads, "candidates": pair, "rounds": 6, "local": local}
             for local in cases.values()
         ]
         for name, times in zip(cases, cluster.run_all(hosts, rate, jobs), strict=True):
