@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+from itertools import pairwise
 
 from hdp.attention.layout import Range, Ranges
 
@@ -138,6 +139,9 @@ class _Run:
 
 def decompose(mask: Mask, queries: Ranges, keys: Ranges) -> tuple[Rectangle, ...]:
     """The mask between two ascending lists of token ranges, each packed densely from row 0, as disjoint rectangles."""
+    for ranges in (queries, keys):
+        if any(a[1] > b[0] for a, b in pairwise(ranges)):
+            raise ValueError(f"token ranges {ranges} do not ascend")
     query_run = _Run(0, tuple(r for r in queries if r[0] < r[1]))
     key_run = _Run(0, tuple(r for r in keys if r[0] < r[1]))
     if not query_run.ranges or not key_run.ranges:

@@ -1,13 +1,13 @@
 """Which transfers of a step travel as one message, and how values lie in it.
 
-A message costs a host as much as a quarter of a megabyte does, and Ulysses would send Q, K and V, then out and lse, then DO and
-two vectors, then DQ, DK and DV, to everyone, slice by slice. What goes the same way in the same step is one message if
+A message costs a host as much as some hundred kilobytes do, and Ulysses would send Q, K and V, then out and lse, then DO and
+two vectors to everyone, slice by slice. What goes the same way in the same step is one message if
 
-- it is some of the heads (Ulysses, hybrids): those are copied out of tensors of all heads in any case;
-- it is OUT, whose lse is small and lies behind it where it is summed up.
+- it is inputs of some heads (Ulysses, hybrids): those are copied out of tensors of all heads in any case;
+- it is OUT, whose lse is small and often lies behind it where it is summed up.
 
-Whole shards of all other kinds are sent as they lie, a message for each tensor: a copy of them would cost more, in time and in
-memory, than a message does. Both ends decide by the transfers alone.
+All else is sent as it lies, a message for each tensor: a copy would cost more, in time and in memory, than a message does.
+Both ends decide by the transfers alone.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _is_one(group: Sequence[Transfer], heads: HeadCount) -> bool:
 
 def goes_joined(kind: Kind, some: Heads, heads: HeadCount) -> bool:
     """Whether a transfer makes its step's message one tensor."""
-    return kind is Kind.OUT or some != heads.of(kind)
+    return kind is Kind.OUT or (some != heads.of(kind) and not kind.is_accumulator)
 
 
 Part = tuple[Kind, int, int, bool]  # kind, rows, heads, complete

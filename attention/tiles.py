@@ -104,7 +104,7 @@ class TileLowering:
                 continue
             places = tuple(self._need(setting, kind, chunk, heads) for kind in kinds)
             run = ends.pop(tuple((*p.tensors, p.row, p.base) for p in places), None)
-            if run is None:
+            if run is None or run.ranges[-1][1] > ranges[0][0]:  # stripes of several members interleave
                 run = _Run(kinds, places, ranges)
                 runs.append(run)
             else:

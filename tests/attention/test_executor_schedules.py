@@ -56,14 +56,28 @@ def test_bytes_sent_are_those_of_the_program(name: str, backward: bool) -> None:
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize(("name", "slices"), [("ulysses", 1), ("ulysses:2", 2), ("ulysses_home:2", 2)])
 def test_heads_travel_in_one_message_to_each_peer(name: str, slices: int, backward: bool) -> None:
-    """Inputs of one slice, and its results: each goes to a peer in one piece, whatever it consists of."""
+    """Inputs of one slice, and out with its lse: each goes to a peer in one piece; gradients as they lie, in three."""
     heads, layout = HeadCount(query=8, key=8), make_layout("zigzag", 64, 4)
     schedule = get_schedule(name)
     make = schedule.backward if backward else schedule.forward
     counted = count(
         make(layout, Mask(), heads, 1), layout, Mask(), heads, 1, Sizes(head_dim=8, model_bytes=2), backward
     )
-    assert sum(step.messages for step in counted.steps) == 2 * 2 * 3 * slices
+    assert sum(step.messages for step in counted.steps) == 2 * 3 * slices * (4 if backward else 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "layout", "length"),
+    [("hybrid:2", 4, "striped:1", 37), ("hybrid:3", 6, "striped:3", 100), ("hybrid:3", 6, "striped", 777)],
+)
+def test_stripes_of_a_node_interleave(name: str, size: int, layout: str, length: int) -> None:
+    """What a hybrid's ring brings lies together, but not in the order of the sequence."""
+    heads = HeadCount(query=6, key=6)
+    for mask in (Mask(), Mask(causal=False), Mask(window=20)):
+        sequences = [Sequence_(length=length, group=tuple(range(size)), schedule=name, layout=layout)]
+        data = make_data([length], heads, HEAD_DIM, mask, SCORING, torch.float64, seed=1)
+        result = attend_together(sequences, data, mask, SCORING, torch.float64, backend="reference")
+        assert max(result.errors(data).values()) <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["ulysses:2", "ulysses_home", "hybrid:2", "token_ring"])
