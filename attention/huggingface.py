@@ -60,7 +60,10 @@ _PATTERN_NAMES = {
 
 
 def hdp_mask(*arguments: Any, **keywords: Any) -> Tensor | None:
-    """transformers' mask interface: that of ``sdpa``; in a planned batch no mask, if it can do without.
+    """transformers' mask interface: that of ``sdpa``; in a planned batch an empty mask, if it can do without.
+
+    The empty mask is as wide as a causal sliding window that the pattern has: some models (Phi-MoE, Qwen2-MoE) tell attention
+    of it in no other way.
 
     Raises:
         ValueError: in a planned batch, a pattern that is more than causal, bidirectional or a sliding window.
@@ -78,7 +81,21 @@ def hdp_mask(*arguments: Any, **keywords: Any) -> Tensor | None:
                 f"{name} ({type(config).__name__}) is not supported in a planned batch: each layer's attention must be causal"
                 " or bidirectional, whole or in a sliding window"
             )
-    return torch.empty((1, 1, 0, 0), dtype=torch.bool, device=given.device)
+    return torch.empty((1, 1, 0, _window(keywords["mask_function"])), dtype=torch.bool, device=given.device)
+
+
+def _window(function: Callable[..., Any]) -> int:
+    """Tokens of the narrowest causal sliding window among what a mask function is made of; 0: none."""
+    cells = {
+        name: cell.cell_contents
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    }
+    if function.__qualname__.startswith("sliding_window_overlay."):
+        return int(cells["sliding_window"])
+    if not function.__qualname__.startswith("and_masks."):
+        return 0
+    windows = [_window(part) for parts in cells.values() for part in parts]
+    return min((window for window in windows if window), default=0)
 
 
 def _patterns(function: Callable[..., Any], is_bidirectional: bool) -> list[str]:
@@ -124,14 +141,13 @@ def hdp_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **keywords
         )
     _refuse(query, attention_mask, dropout, keywords)
+    window = _agreed_window(attention_mask, sliding_window)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     device = query.device.type
     if torch.is_autocast_enabled(device):  # rotations leave queries and keys wider than values; sdpa casts them, too
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
-    out = attend(
-        q, k, v, route=hdp_route, scale=scaling, causal=bool(causal), window=sliding_window, softcap=softcap or 0.0
-    )
+    out = attend(q, k, v, route=hdp_route, scale=scaling, causal=bool(causal), window=window, softcap=softcap or 0.0)
     return out.unsqueeze(0), None
 
 
@@ -159,6 +175,18 @@ def _capped(
     weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
     weights = torch.nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2).contiguous()
+
+
+def _agreed_window(mask: Tensor | None, told: int | None) -> int | None:
+    """The layer's window: of the keyword, or of the width of the empty mask (:func:`hdp_mask`)."""
+    width = mask.shape[-1] if mask is not None and mask.dim() == 4 else 0
+    if not width or told is None:
+        return told or width or None
+    if width < told:
+        raise ValueError(
+            f"a layer has a sliding window of {told} tokens, and its mask one of {width}: both must be the same"
+        )
+    return told
 
 
 def _refuse(query: Tensor, attention_mask: Tensor | None, dropout: float, keywords: dict[str, Any]) -> None:

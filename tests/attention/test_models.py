@@ -44,6 +44,20 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_neox": ("GPTNeoXConfig", SMALL),
+    "qwen2_moe": (  # its attention is told of the window by the mask alone
+        "Qwen2MoeConfig",
+        {
+            **{k: v for k, v in GQA.items() if k != "head_dim"},
+            "use_sliding_window": True,
+            "sliding_window": 10,
+            "max_window_layers": 2,
+            "layer_types": ["sliding_attention", "sliding_attention"],
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+    ),
 }
 # (tokens, ranks): one shared, with fewer and more tokens than the window; the others whole
 SEQUENCES = ((37, (1, 0)), (9, (0,)), (14, (1,)), (3, (0, 1)))
