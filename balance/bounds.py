@@ -41,13 +41,10 @@ def _search(problem: Problem, sequences: IntArray, ticks: int, low: int, high: i
 def best_size(problem: Problem, sequences: IntArray, across: int) -> IntArray:
     """Ranks of a node, or of the world (``across``: 1), over which each sequence's share is shortest.
 
-    Shares fall with the group until the latency of the hops, of which there is one more for each rank, outweighs what the
-    others take over.
+    Shares fall with the group until the hops of the ring, their latency above all, outweigh what the others take over.
     """
     high = problem.world_size if across else problem.topology.node_size
     rises = np.full(len(sequences), high, dtype=np.int64)
-    if not problem.costs.latency[across]:
-        return rises
     falls = np.zeros(len(sequences), dtype=np.int64)
     while np.any(rises - falls > 1):
         mid = (falls + rises) // 2
@@ -76,7 +73,7 @@ def shortest_share(problem: Problem, sequences: IntArray) -> IntArray:
 
 def _missed(problem: Problem, ticks: Any, across: int) -> Any:
     """How much shorter than at :func:`best_size` a share of about ``ticks`` may be at a size near it, and more."""
-    return ticks // 1024 if problem.costs.latency[across] else 0
+    return ticks // 1024 if problem.costs.latency[across] else 0 * ticks
 
 
 def step_bound(problem: Problem) -> int:

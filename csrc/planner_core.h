@@ -83,11 +83,10 @@ inline i64 share(const Machine& machine, const Sequences& seq, int d, i64 n, int
   return known;
 }
 
-// Ranks of a node, or of the world, over which a share is shortest. Shares fall with n until the latency of the hops, of
-// which there is one more for each rank, outweighs what the others take over.
+// Ranks of a node, or of the world, over which a share is shortest. Shares fall with n until the hops of the ring, their
+// latency above all, outweigh what the others take over.
 inline i64 best_size(const Machine& machine, const Sequences& seq, int d, int across) {
   const int high = across ? machine.world : machine.largest();
-  if (machine.latency[across] == 0) return high;
   int& known = seq.best[across][d];
   if (known != 0) return known;
   int falls = 0, rises = high;

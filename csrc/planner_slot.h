@@ -48,7 +48,8 @@ class SlotSearch {
   i64 constant_;  // ticks of one micro-batch whatever it holds
 
   // Durations in turn, each first with the fewest shared sequences, then with many. The more were tried, the sooner one
-  // is good enough: idle time of 1/1024 of the work at first (1/4096 in small batches, which cost little to search), more with every pair tried.
+  // is good enough: idle time of 1/1024 of the work at first (1/4096 in small batches, which cost little to search), more with
+  // every pair tried.
   Slot best_slot(const std::vector<int>& left, int effort) const {
     Slot best;
     int tried = 0;

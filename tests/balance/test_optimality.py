@@ -20,19 +20,21 @@ COST = CostModel.from_shape("llama-7b", flops=400e12)
 CAPACITY = 8192
 
 
-def cluster(world: int, latency: float = 0.0) -> Topology:
-    """``latency``: seconds of a hop within a node; one across takes twice as long."""
+def cluster(world: int, latency: float = 0.0, slow: float = 1.0) -> Topology:
+    """``latency``: seconds of a hop within a node, one across takes twice as long; ``slow``: divides the links' rates."""
     plain = Topology(world_size=world)
-    links = replace(plain.intra, latency=latency), replace(plain.inter, latency=2 * latency)
-    return replace(plain, intra=links[0], inter=links[1])
+    intra = replace(plain.intra, latency=latency, bandwidth=plain.intra.bandwidth / slow)
+    return replace(
+        plain, intra=intra, inter=replace(plain.inter, latency=2 * latency, bandwidth=plain.inter.bandwidth / slow)
+    )
 
 
-def problem_of(lengths: object, world: int, regime: str, capacity: int = CAPACITY, latency: float = 0.0):
-    return make_problem(lengths, cluster(world, latency), COST, capacity=capacity, regime=regime, planner="auto")
+def problem_of(lengths: object, world: int, regime: str, capacity: int = CAPACITY, **links: float):
+    return make_problem(lengths, cluster(world, **links), COST, capacity=capacity, regime=regime, planner="auto")
 
 
-def makespan(lengths: object, world: int, regime: str, planner: str = "auto", latency: float = 0.0) -> int:
-    topology = cluster(world, latency)
+def makespan(lengths: object, world: int, regime: str, planner: str = "auto", **links: float) -> int:
+    topology = cluster(world, **links)
     return evaluate(
         plan(lengths, topology, COST, capacity=CAPACITY, regime=regime, planner=planner), COST, topology
     ).makespan
@@ -44,8 +46,11 @@ def makespan(lengths: object, world: int, regime: str, planner: str = "auto", la
 def test_no_plan_beats_the_bound(regime: str, data: st.DataObject) -> None:
     world = data.draw(st.sampled_from([3, 8, 17, 24]))
     lengths = data.draw(st.lists(st.integers(1, 3 * CAPACITY), min_size=1, max_size=30))
-    latency = data.draw(st.sampled_from([0.0, 5e-6, 1e-4, 2e-3]))
-    problem = problem_of(lengths, world, regime, latency=latency)
+    links = {
+        "latency": data.draw(st.sampled_from([0.0, 5e-6, 1e-4, 2e-3])),
+        "slow": data.draw(st.sampled_from([1.0, 20.0, 400.0, 1e4])),
+    }
+    problem = problem_of(lengths, world, regime, **links)
     bound = step_bound(problem)
     if regime == "slot":
         sharper = slot_bound(problem)
@@ -53,14 +58,19 @@ def test_no_plan_beats_the_bound(regime: str, data: st.DataObject) -> None:
         bound = sharper
     for planner in PLANNERS:
         if planner != "flexsp":
-            assert makespan(lengths, world, regime, planner, latency) >= bound * (1 - 1e-6)
+            assert makespan(lengths, world, regime, planner, **links) >= bound * (1 - 1e-6)
 
 
-@given(length=st.integers(1, 2_000_000), world=st.integers(1, 1000), latency=st.sampled_from([0.0, 1e-6, 1e-5, 1e-3]))
+@given(
+    length=st.integers(1, 2_000_000),
+    world=st.integers(1, 1000),
+    latency=st.sampled_from([0.0, 1e-6, 1e-5, 1e-3]),
+    slow=st.sampled_from([1.0, 20.0, 400.0, 1e4]),
+)
 @settings(max_examples=60, deadline=None)
-def test_no_group_is_faster_than_the_best_one(length: int, world: int, latency: float) -> None:
+def test_no_group_is_faster_than_the_best_one(length: int, world: int, latency: float, slow: float) -> None:
     """Where hops take time, a ring can be too long: the best group lies between the fewest ranks and all of them."""
-    problem = problem_of([length], world, "step", capacity=length, latency=latency)
+    problem = problem_of([length], world, "step", capacity=length, latency=latency, slow=slow)
     node = problem.topology.node_size
     sizes = np.arange(1, world + 1)
     shares = problem.costs.share(np.zeros(world, dtype=np.int64), sizes, (sizes > node).astype(np.int64))
@@ -74,7 +84,15 @@ def test_a_giant_takes_the_group_that_suits_it_best(regime: str) -> None:
     lengths = [1_400_000, *[3000] * 500]
     ours, latency = makespan(lengths, 2048, regime, latency=5e-6), 5e-6
     assert ours <= 1.003 * step_bound(problem_of(lengths, 2048, regime, latency=latency))
-    assert ours <= 1.001 * makespan(lengths, 2048, regime, "static", latency)
+    assert ours <= 1.001 * makespan(lengths, 2048, regime, "static", latency=latency)
+
+
+@pytest.mark.parametrize("slow", [20.0, 60.0, 500.0])
+@pytest.mark.parametrize("regime", ["step", "slot"])
+def test_links_that_are_slower_than_computing(regime: str, slow: float) -> None:
+    """A ring that only costs: long documents take as few ranks as hold them, and there is a plan."""
+    lengths = [100_000, 150_000, 30_000, 60_000, 110_000, 140_000]
+    assert makespan(lengths, 32, regime, slow=slow) >= step_bound(problem_of(lengths, 32, regime, slow=slow))
 
 
 @pytest.mark.parametrize("lengths", [[20000, 9000, 5000, 300], [8000] * 5, [30000, 700, 600], [7000, 6500, 4000, 2500]])
