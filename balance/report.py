@@ -98,7 +98,9 @@ def describe_recompute(
     for i in found[:MOST_FEWER].tolist():
         again = models[int(plan.slots[i])].recomputed
         name = i if names is None else names[i]
-        lines.append(f"  document {name} of {plan.lengths[i]} tokens: does not fit otherwise; {again} layers again")
+        lines.append(
+            f"  document {name} of {plan.lengths[i]} tokens: more than all ranks hold as usual; {again} layers again"
+        )
     return lines + ([f"  and {len(found) - MOST_FEWER} more"] if len(found) > MOST_FEWER else [])
 
 

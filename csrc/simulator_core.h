@@ -6,8 +6,8 @@
 //
 // [Note: one event a round] An actor has one event at a time: the end of what it does. Events leave the queue in order
 // of time, ties by actor, so ports (links, NICs) serve messages first come, first served. A message starts when both its
-// ends have begun its round and their hosts have posted its messages, as with NCCL and with gloo's large ones; a round ends when its tiles are computed, its
-// messages received, and the messages of the round before sent.
+// ends have begun its round and their hosts have posted its messages, as with NCCL and with gloo's large ones; a round ends
+// when its tiles are computed, its messages received, and the messages of the round before sent.
 #pragma once
 
 #include <algorithm>

@@ -130,7 +130,8 @@ def _spread(problem: Problem, make: Make, sequences: list[int], again: bool) -> 
     """The sequences in slots of their own, the others as planned."""
     most = _longer_than_all(problem)
     while True:
-        spreads = [_lightest(problem, i, again) for i in sequences]
+        lightest = {n: _lightest(problem, i, again) for n, i in {int(problem.lengths[i]): i for i in sequences}.items()}
+        spreads = [replace(lightest[int(problem.lengths[i])], sequence=i) for i in sequences]
         lengths = problem.lengths.copy()
         lengths[sequences] = 0
         rest = replace(problem, lengths=lengths, costs=problem.cost.quantise(lengths, problem.topology))

@@ -87,6 +87,10 @@ def simulate(plan: Plan, cost: CostModel, cluster: Cluster, *, rounds: int = ROU
     """
     if plan.world_size != cluster.topology.world_size:
         raise PlanError(f"the plan is for {plan.world_size} ranks, the cluster has {cluster.topology.world_size}")
+    if plan.recompute:
+        raise PlanError(
+            "this plan has layers run again in backward, which the simulator does not know: hdp.balance.evaluate counts them"
+        )
     if cost.layers % cluster.stages:
         raise PlanError(f"{cost.layers} layers do not divide into {cluster.stages} stages: choose a divisor")
     costs = cost.quantise(plan.lengths, cluster.topology)

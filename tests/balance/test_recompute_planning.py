@@ -395,7 +395,7 @@ def test_the_command(tmp_path, capsys) -> None:
     assert main([*common, "--recompute", "auto"]) == 0
     text = capsys.readouterr().out
     assert "recompute: 1 of " in text and "% of the step), no message" in text
-    assert "document 0 of 100000 tokens: does not fit otherwise;" in text
+    assert "document 0 of 100000 tokens: more than all ranks hold as usual;" in text
     found = json.loads(out.read_text())
     first = [mb for mb in found["micro_batches"] if mb["slot"] == 0]
     layers = {mb["recompute_layers"] for mb in first}
