@@ -6,7 +6,6 @@ every rank. ``hdp profile`` measures instead.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,8 +50,14 @@ class Assumptions:
     """Seconds on the host of each kernel call, whatever its work."""
 
 
-def assume(model: nn.Module, device: torch.device, world_size: int, dtype: torch.dtype) -> Assumptions | None:
-    """For a transformers model; None for a model whose shape no config tells."""
+def assume(
+    model: nn.Module,
+    device: torch.device,
+    world_size: int,
+    dtype: torch.dtype,
+    ranks_per_node: int | None = None,
+) -> Assumptions | None:
+    """For a transformers model; None for a model whose shape no config tells. ``ranks_per_node`` None: all share one."""
     name = _device_name(device)
     known: Device = DEVICES[name]
     # The table's peak is that of 16-bit kernels; fp32 runs at about half on a CPU, through tf32 on GPUs.
@@ -68,10 +73,11 @@ def assume(model: nn.Module, device: torch.device, world_size: int, dtype: torch
         )
     except (PlanError, AttributeError, TypeError):
         return None
-    ranks_per_node = min(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), world_size)
     return Assumptions(
         cost=replace(cost, constant=LAYER_OVERHEAD.get(device.type, 0.0)),
-        topology=Topology(world_size=world_size, ranks_per_node=ranks_per_node, intra=known.intra, inter=known.inter),
+        topology=Topology(
+            world_size=world_size, ranks_per_node=ranks_per_node or world_size, intra=known.intra, inter=known.inter
+        ),
         flops=flops,
         device=name,
         byte_seconds=BYTE_SECONDS.get(device.type, 0.0),

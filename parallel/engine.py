@@ -55,7 +55,8 @@ class Engine:
         self.activations: Activations | None = None
         """What becomes of saved activations; None keeps them all."""
         if world.assumptions is None:
-            world.assumptions = assume(model, world.device, world.world_size, compute_dtype(model))
+            nodes = world.runtime.ranks_per_node
+            world.assumptions = assume(model, world.device, world.world_size, compute_dtype(model), nodes)
         set_chooser(world)
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""

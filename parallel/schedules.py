@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING
 
 from hdp.attention.auto import AUTO, Chooser
 from hdp.attention.choose import Links
 from hdp.balance.topology import Topology
 from hdp.parallel.costs import HOST_SECONDS, Assumptions
+from hdp.parallel.metrics import gather_numbers
 
 if TYPE_CHECKING:
     from hdp.parallel.world import World
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 def set_chooser(world: World) -> None:
     """Lets ``"auto"`` choose by what is assumed of the model and the ranks, unless somebody set a chooser.
 
-    Raises ValueError if ``hdp.init`` was told ``"auto"`` and nothing is known to choose by.
+    Raises ValueError if ``hdp.init`` was told ``"auto"`` and nothing is known to choose by, or not the same on all ranks.
     """
     runtime = world.runtime
     if runtime.chooser is None and world.assumptions is not None:
@@ -27,6 +29,14 @@ def set_chooser(world: World) -> None:
             " world.runtime.chooser = hdp.parallel.schedules.make_chooser(topology, flops=...) before the engine is made, alike"
             " on all ranks, or name a schedule"
         )
+    if AUTO in (runtime.schedule or "").split("/"):
+        mine = zlib.crc32(repr(runtime.chooser).encode())
+        different = (gather_numbers(world, mine)[:, 0] != mine).nonzero().flatten().tolist()
+        if different:
+            raise ValueError(
+                f"schedule={runtime.schedule!r}: ranks {different} would choose by other numbers than rank {world.rank}"
+                f" ({runtime.chooser}): set world.runtime.chooser alike on all ranks, or name a schedule"
+            )
 
 
 def assumed_chooser(known: Assumptions) -> Chooser:

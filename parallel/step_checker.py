@@ -43,6 +43,8 @@ class Attention:
     head_dim: int = 64
     dtype_bytes: int = 4
     """Of an element of q, k, v."""
+    wire_bytes: int | None = None
+    """Of an element of q, k, v on their way, if ``hdp.init`` was told a ``wire_dtype``."""
     schedule: str | None = None
     """``world.runtime.schedule``."""
     chooser: Chooser | None = None
@@ -58,7 +60,13 @@ class Attention:
         if self.schedule is not None:
             names = parse_schedule(self.schedule)
         size = self.dtype_bytes
-        geometry = Geometry(heads=self.heads, head_dim=self.head_dim, model_bytes=size, sum_bytes=max(size, 4))
+        geometry = Geometry(
+            heads=self.heads,
+            head_dim=self.head_dim,
+            model_bytes=size,
+            sum_bytes=max(size, 4),
+            wire_bytes=self.wire_bytes,
+        )
         return resolve(names, self.chooser, length=length, group=group, layout=layout, geometry=geometry, mask=mask)
 
 

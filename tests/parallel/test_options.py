@@ -11,6 +11,8 @@ from harness import Ranks
 from tiny import make_documents
 
 import hdp
+from hdp.attention.auto import Chooser
+from hdp.attention.choose import Links
 from hdp.balance import Plan
 
 LENGTHS, GROUPS, SLOTS = [90, 61, 9, 17], [(0, 1), (1, 0), (0,), (1,)], [0, 1, 1, 0]
@@ -94,6 +96,24 @@ def test_a_schedule_for_all_shared_sequences(by_plan, schedule):
         assert (loss, norm) == pytest.approx((want, want_norm), rel=1e-5)
         if schedule != "auto":  # which may well choose the ring
             assert (sent == ring) == (schedule == "ring"), schedule
+
+
+def choosing(world: hdp.World) -> str:
+    world = again(world, schedule="auto")
+    links = Links(inner_rate=1e9 * (1 + world.rank), outer_rate=1e9)
+    world.runtime.chooser = Chooser(links=links, flops=1e12)
+    try:
+        make_engine(world, "fsdp-step", make_model("gqa"))
+    except ValueError as error:
+        return str(error)
+    return "made"
+
+
+def test_ranks_that_would_choose_by_other_numbers_are_refused():
+    with Ranks(2) as two:
+        found = two.run(choosing)
+    for rank, text in enumerate(found):
+        assert f"ranks [{1 - rank}] would choose by other numbers than rank {rank}" in text
 
 
 def test_a_narrower_way(by_plan):

@@ -133,7 +133,9 @@ def test_it_is_said_what_it_costs(ranks):
     assert [line.split()[0] for line in lines] == ["WARNING", "INFO"]
     for line in lines:
         assert "recompute: 1 of " in line and "% of the step)" in line
-        assert "document 1 of 180 tokens: more than all ranks hold as usual; 3 layers again" in line  # its place in the data
+        assert (
+            "document 1 of 180 tokens: more than all ranks hold as usual; 3 layers again" in line
+        )  # its place in the data
 
 
 def saved(world: hdp.World, again: int | None) -> tuple[int, int, float, float]:
