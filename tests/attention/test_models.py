@@ -69,6 +69,8 @@ def make_model(name: str) -> nn.Module:
     config_name, fields = CONFIGS[name]
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**fields)
+    if "moe" in name:  # the default has no float64
+        config._experts_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     return model.float()
 
