@@ -27,14 +27,15 @@ def kept_fraction(layers: int | CostModel, ratio: float) -> Fraction:
         kept = min(KEPT_LAYERS, layers)
         return (kept + (1 - Fraction(ratio)) * (layers - kept)) / layers
     # Whatever leaves, two layers are there: the one that runs and the one on its way.
-    least, movable, saved = min(KEPT_LAYERS, layers.layers), Fraction(layers.movable_layers), Fraction(layers.layers)
+    least = Fraction(min(KEPT_LAYERS, layers.layers))
+    movable, saved = Fraction(layers.movable_layers), Fraction(layers.layers)
     if layers.recomputed and layers.activation_bytes:
         saved, movable = _saved_layers(layers), Fraction(layers.movable_bytes) / Fraction(layers.activation_bytes)
     under_way = Fraction(0)
     if layers.in_flight and ratio and movable:
         # A layer that runs again, while the one before comes back whole, has its own input beside it.
         mixed = 0 < layers.recomputed < layers.movable_layers
-        more = layers.in_flight + (_again_layers(layers) if mixed else 0)
+        more = layers.in_flight + (_again_layers(layers) if mixed else Fraction(0))
         under_way = max(more - layers.keep_last, under_way)
     return max(least, saved - Fraction(ratio) * movable + under_way) / saved
 
