@@ -10,24 +10,34 @@ from typing import Any
 
 import numpy as np
 
+from hdp.balance.memory import capacity_with
 from hdp.balance.plan import IntArray
 from hdp.balance.planners.problem import Problem
 
 
 def fewest_ranks(problem: Problem, sequences: IntArray, ticks: int) -> tuple[IntArray, IntArray]:
-    """Per sequence the fewest ranks whose share takes at most ``ticks``, and whether they span nodes.
+    """Per sequence the fewest ranks that hold it and whose share takes at most ``ticks``, and whether they span nodes.
 
     World + 1 where the share is longer on any number of ranks.
     """
     node = problem.topology.node_size
-    inside = _search(problem, sequences, ticks, 1, node, 0)
-    across = _search(problem, sequences, ticks, node + 1, problem.world_size, 1)
+    least = fewest_that_hold(problem, sequences)
+    inside = _search(problem, sequences, ticks, least, node, 0)
+    across = _search(problem, sequences, ticks, np.maximum(least, node + 1), problem.world_size, 1)
     return np.where(inside <= node, inside, across), (inside > node).astype(np.int64)
 
 
-def _search(problem: Problem, sequences: IntArray, ticks: int, low: int, high: int, across: int) -> IntArray:
-    bad = np.full(len(sequences), low - 1, dtype=np.int64)
-    best = np.clip(best_size(problem, sequences, across), low, max(high, low))
+def fewest_that_hold(problem: Problem, sequences: IntArray) -> IntArray:
+    """Ranks whose memory a sequence needs, at the largest offload ratio; at most all of them."""
+    if problem.cost.recomputed:
+        return np.ones(len(sequences), dtype=np.int64)  # what holds then is the planner's to say
+    room = capacity_with(problem.capacity, problem.cost, problem.offload)
+    return np.clip(-(-problem.lengths[sequences] // room), 1, problem.world_size)
+
+
+def _search(problem: Problem, sequences: IntArray, ticks: int, low: IntArray, high: int, across: int) -> IntArray:
+    bad = low - 1
+    best = np.clip(best_size(problem, sequences, across), low, np.maximum(high, low))
     good = np.where(high < low, low, best + 1)
     while np.any(good - bad > 1):
         mid = np.maximum((good + bad) // 2, 1)
@@ -35,7 +45,7 @@ def _search(problem: Problem, sequences: IntArray, ticks: int, low: int, high: i
         active = good - bad > 1
         good = np.where(active & fits, mid, good)
         bad = np.where(active & ~fits, mid, bad)
-    return np.where(good > best, max(high, low - 1) + 1, good)
+    return np.where(good > best, np.maximum(high, low - 1) + 1, good)
 
 
 def best_size(problem: Problem, sequences: IntArray, across: int) -> IntArray:
@@ -62,12 +72,14 @@ def ticks_spent(problem: Problem, sequences: IntArray, sizes: IntArray, across: 
 
 
 def shortest_share(problem: Problem, sequences: IntArray) -> IntArray:
-    """Ticks of each sequence at its best group size: no slot that holds it is shorter."""
+    """Ticks of each sequence at its best group size that holds it: no slot with it is shorter."""
     node, world = problem.topology.node_size, problem.world_size
-    best = problem.costs.work[sequences]
-    for across in (0, 1) if world > node else (0,):
-        share = problem.costs.share(sequences, best_size(problem, sequences, across), across)
-        best = np.minimum(best, share - _missed(problem, share, across))
+    least = fewest_that_hold(problem, sequences)
+    best = np.where(least == 1, problem.costs.work[sequences], np.iinfo(np.int64).max)
+    for across, most in ((0, node), (1, world)) if world > node else ((0, node),):
+        sizes = np.maximum(best_size(problem, sequences, across), least)
+        share = problem.costs.share(sequences, sizes, across)
+        best = np.where(sizes <= most, np.minimum(best, share - _missed(problem, share, across)), best)
     return best
 
 

@@ -161,6 +161,8 @@ def _lightest(problem: Problem, sequence: int, again: bool) -> Spread:
         ticks = _ticks(replace(problem, cost=cost), length, ratio)
         if best is None or ticks < best[0]:
             best = (ticks, Spread(sequence=sequence, layers=layers, ratio=ratio))
+        if not problem.offload:
+            break  # nothing to weigh: more layers only take longer
     if best is None:
         raise _refuse(problem, sequence)
     return best[1]
