@@ -155,8 +155,9 @@ def speeds(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], host
     return [Speed(*pair, overheads=overheads(cluster)) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
 
 
-SCHEDULES = ("ring", "all_gather", "hybrid:2", "ulysses:2", "ulysses_home")
-"""With few large messages and tiles, or many small ones, in few or many steps."""
+SCHEDULES = ("ring", "direct", "all_gather", "all_gather:2", "hybrid:2", "ulysses:2", "ulysses_home")
+"""With few large messages and tiles, or many small ones, in few or many steps: ``direct`` and ``all_gather`` differ in steps
+alone, ``all_gather:2`` in calls."""
 
 
 def overheads(cluster: Cluster) -> Overheads:
