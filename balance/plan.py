@@ -68,8 +68,8 @@ class MicroBatch:
     """Activations are recomputed in backward; equal for all sharers of a sequence."""
     recompute_layers: int | None = None
     """How many layers do so, of those that do not keep everything; None: all. ``offload_ratio`` then is of what these keep."""
-    kept_layers: int = 2
-    """Layers that the plan's memory model lets keep everything, whatever the others do."""
+    kept_layers: tuple[int, int] = (1, 1)
+    """First and last layers that the plan's memory model lets keep everything, whatever the others do."""
 
     @property
     def tokens(self) -> int:
@@ -112,8 +112,9 @@ class Plan:
     """Slots whose micro-batches recompute their activations."""
     recompute_layers: tuple[int, ...] = ()
     """For each of those slots, how many layers do; (): all that do not keep everything."""
-    kept_layers: int = 2
-    """Layers that keep everything where a micro-batch offloads or recomputes: the planner's ``keep_first`` + ``keep_last``."""
+    kept_layers: tuple[int, int] = (1, 1)
+    """First and last layers that keep everything where a micro-batch offloads or recomputes: the planner's ``keep_first``
+    and ``keep_last``."""
     slot_count: int = field(default=-1)
     """Slots of the step; -1: one more than the largest slot in use."""
 

@@ -115,12 +115,18 @@ class Activations:
         self.store.close()
 
     def _check_kept(self, micro_batch: MicroBatch | None) -> None:
-        """Raises ValueError where more layers keep everything than the plan counts on."""
-        kept = self.keep_first + self.keep_last
-        if micro_batch is not None and needs_store(micro_batch) and kept > micro_batch.kept_layers:
+        """Raises ValueError where layers that keep everything need more room than the plan counts on.
+
+        A last layer's activations are gone by the time that others come back or run again, so a first one in its stead
+        takes its room and that of one more.
+        """
+        if micro_batch is None or not needs_store(micro_batch):
+            return
+        first, last = micro_batch.kept_layers
+        if self.keep_first + max(self.keep_last, last) > first + last:
             raise ValueError(
-                f"keep_first {self.keep_first} and keep_last {self.keep_last}: {kept} layers keep everything, the plan has room"
-                f" for {micro_batch.kept_layers}: lower them, or plan with a cost model that has them (Activations.open does)"
+                f"keep_first {self.keep_first} and keep_last {self.keep_last} need more room than the plan has, which was made"
+                f" for {first} and {last}: lower them, or plan with a cost model that has them (Activations.open does)"
             )
 
     def around(self, model: nn.Module, micro_batch: MicroBatch | None, tokens: int) -> AbstractContextManager[object]:

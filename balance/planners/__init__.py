@@ -68,7 +68,7 @@ def plan(
     )
     made = where_needed(problem, partial(_make, planner=planner), again=recompute == "auto")
     made = everywhere(made, problem, int(capacity)) if recompute == "all" else made
-    return replace(made, kept_layers=cost.keep_first + cost.keep_last)
+    return replace(made, kept_layers=(cost.keep_first, cost.keep_last))
 
 
 def _make(problem: Problem, planner: str) -> Plan:

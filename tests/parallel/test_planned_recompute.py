@@ -187,9 +187,9 @@ def kept_layers(world: hdp.World, folder: str) -> Any:
             engine.activations = activations
             engine.forward_backward(batch)
             micro_batches.append(batch.plan.micro_batches(world.rank)[0])
-            for keep in (0, 3):
+            for keep in ((0, 2), (0, 3), (0, 0), (3, 2), (2, 1)):  # as many layers as planned, but not the same: no room
                 try:
-                    replace(activations, keep_first=keep).around(engine.model, micro_batches[0], 75)
+                    replace(activations, keep_first=keep[0], keep_last=keep[1]).around(engine.model, micro_batches[0], 75)
                 except ValueError as error:
                     errors.append(str(error))
     with hdp.Activations.open(world, ratio=0.0), pytest.raises(ValueError, match="copy_bandwidth"):
@@ -203,5 +203,5 @@ def kept_layers(world: hdp.World, folder: str) -> Any:
 def test_plans_count_with_the_layers_that_the_engine_keeps(ranks, tmp_path):
     for ratios, errors in ranks(2).run(kept_layers, str(tmp_path)):
         assert 0 < ratios[0] < ratios[1]
-        assert len(errors) == 2
-        assert all("5 layers keep everything, the plan has room for 3" in error for error in errors)
+        refused = [f"keep_first {first} and keep_last {last} need more room" for first, last in ((3, 2), (2, 1))]
+        assert len(errors) == 4 and all(text in error for text, error in zip(refused * 2, errors, strict=True))
