@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from hdp.balance.cost import CostModel
 from hdp.balance.host import NO_HOST_COSTS, HostCosts
+from hdp.balance.models import ModelShape
 from hdp.balance.plan import PlanError
 from hdp.balance.topology import Link, Topology
 
 FORMAT = 1
+GRADIENT_BYTES = 4
+"""Of an element: ``hdp.shard`` reduces gradients in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,29 @@ class Profile:
     reduce_bandwidth: float = 0.0
     """Bytes per second of a reduce-scatter over all ranks, counted by its input; 0: not measured."""
     host: HostCosts = NO_HOST_COSTS
-    """What each tile and each message of attention costs the host; zeros: not measured."""
+    """What each tile and each message of attention costs the host, and gathering and reducing, FSDP2's own work included;
+    zeros: not measured."""
+    element_bytes: int = 4
+    """Of an element of the parameters, as they are gathered."""
+    root_share: float = 0.0
+    """Part of the parameters that belongs to no layer (embeddings, head); 0: not known."""
+    shape: ModelShape | None = None
+    """Of the model; None: not known."""
+
+    @property
+    def parameter_bytes(self) -> float:
+        """Of all parameters, as they are gathered."""
+        return float(self.element_bytes) * self.parameters
+
+    @property
+    def gradient_bytes(self) -> float:
+        """Of all gradients, as they are reduced."""
+        return float(GRADIENT_BYTES) * self.parameters
+
+    @property
+    def sharding_seconds(self) -> float:
+        """What gathering all parameters and reducing all gradients once takes the host."""
+        return self.host.gather_byte * self.parameter_bytes + self.host.reduce_byte * self.gradient_bytes
 
     def topology(self, *, world_size: int | None = None, ranks_per_node: int | None = None) -> Topology:
         """With the measured links. Where only one kind was measured, it stands for both."""
@@ -88,8 +113,17 @@ class Profile:
 
     def with_layers(self, layers: int) -> Profile:
         """Of the same model with more layers than were measured."""
-        windows = round(self.cost.window_layers * layers / self.cost.layers)
-        return replace(self, cost=replace(self.cost, layers=layers, window_layers=windows))
+        times = layers / self.cost.layers
+        windows = round(self.cost.window_layers * times)
+        root = self.parameters * self.root_share
+        parameters = round(root + (self.parameters - root) * times)
+        return replace(
+            self,
+            cost=replace(self.cost, layers=layers, window_layers=windows),
+            parameters=parameters,
+            root_share=root / parameters,
+            shape=replace(self.shape, layers=layers, window_layers=windows) if self.shape else None,
+        )
 
     def write(self, path: str | Path) -> None:
         fields = {"format": FORMAT, **asdict(self)}
@@ -97,17 +131,25 @@ class Profile:
 
     @classmethod
     def read(cls, path: str | Path) -> Profile:
-        """Raises PlanError for a file that is none."""
+        """Older files lack what was not measured then. Raises PlanError for a file that is none."""
         try:
             fields: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             if fields.pop("format") != FORMAT:
                 raise PlanError(f"{path} is a profile of another format: run hdp profile again")
             links = {name: Link(**fields[name]) if fields[name] else None for name in ("intra", "inter")}
             samples = tuple(Sample(**sample) for sample in fields["samples"])
-            parts = {"cost": CostModel(**fields["cost"]), "host": HostCosts(**fields.get("host", {}))}
-            return cls(**{**fields, **links, **parts, "samples": samples})
+            cost = CostModel(**fields["cost"])
+            parts = {"cost": cost, "host": HostCosts(**fields.get("host", {})), "samples": samples}
+            fields.setdefault("element_bytes", _element_bytes(cost))
+            shape = ModelShape(**fields["shape"]) if fields.get("shape") else None
+            return cls(**{**fields, **links, **parts, "shape": shape})
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{str(path)!r} is no profile of hdp profile: {error}") from error
+
+
+def _element_bytes(cost: CostModel) -> int:
+    """Of a profile that does not say: backward sends keys and values as they are, and their gradients in fp32."""
+    return 4 if cost.ring_bytes_backward == 2 * cost.ring_bytes else 2
 
 
 def fit(

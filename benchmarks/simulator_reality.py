@@ -3,8 +3,8 @@
     torchrun --nnodes N ... benchmarks/simulator_reality.py --out reality.json
     torchrun --nnodes N ... benchmarks/simulator_reality.py --draw 1        # six other batches, drawn with seed 1
 
-Measures the model and the links as ``hdp profile`` does, plans batches with several planners, simulates each plan, then runs
-it on FSDP2 and compares. Prints one line a case; the last line is one JSON object.
+Measures the model and the links with what ``hdp profile`` calls, plans batches with several planners, simulates each plan as
+``hdp simulate --profile`` does, then runs it on FSDP2 and compares. Prints one line a case; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,14 +28,14 @@ from hdp.balance.distributions import draw_lengths
 from hdp.balance.evaluate import evaluate
 from hdp.balance.host import HostCosts
 from hdp.balance.measured import Profile
-from hdp.balance.plan import Plan
+from hdp.balance.plan import IntArray, Plan
 from hdp.balance.simulator import Cluster, Simulation, simulate
 from hdp.parallel.batch import PlannedBatch
 from hdp.parallel.engine import Engine
-from hdp.parallel.fsdp import find_layers
 from hdp.parallel.metrics import StepResult
 from hdp.parallel.profile import profile
 from hdp.parallel.profile_clock import Quota, host_clock
+from hdp.parallel.profile_sharding import host_seconds, whole_batch
 
 CAPACITY = 1024
 BATCHES = {
@@ -104,27 +104,21 @@ def main() -> None:
         tell(measured)
         if options.profile:
             measured.write(options.profile)
-    root = root_share(model)
     host = measured.host
-    threads = torch.get_num_threads()
-    clock = host_clock(world.device, Quota(period=host.quota_period, cores=host.quota_share * threads))
-    reference = Reference(Engine(build(options), world), clock)
-    alone = empty_step(reference.engine, clock)
+    quota = Quota(period=host.quota_period, cores=host.quota_share * torch.get_num_threads())
+    reference = Reference(Engine(build(options), world), host_clock(world.device, quota))
     engine = hdp.shard(model, world)
-    sharding = max(empty_step(engine, clock) - alone, 0.0)
-    if world.rank == 0:
-        print(f"sharding takes {sharding:.3f} s of the host a step", flush=True)
-    cluster = cluster_of(measured, root, sharding)
     batches = (
         {name: BATCHES[name] for name in options.batches.split(",")} if options.draw is None else drawn(options.draw)
     )
     planners = options.planners.split(",")
     cases: list[dict] = []
     for name, lengths in batches.items():
-        plans = {p: plan(lengths, cluster.topology, measured.cost, capacity=CAPACITY, planner=p) for p in planners}
+        said = {planner: predict(measured, lengths, planner) for planner in planners}
+        plans = {planner: made for planner, (made, _) in said.items()}
         steps, speed = run(engine, reference, lengths, plans, options.repeats)
-        now, there = slowed(measured.cost, cluster, speed)
-        for planner, made in plans.items():
+        now, there = slowed(measured.cost, Cluster.of_profile(measured), speed)
+        for planner, (made, as_profiled) in said.items():
             simulated = simulate(made, now, there)
             seconds = [result.seconds for result in steps[planner]]
             case = {
@@ -132,9 +126,9 @@ def main() -> None:
                 "planner": planner,
                 "predicted": simulated.seconds,
                 "speed": speed,
-                "as_profiled": simulate(made, measured.cost, cluster).seconds,
+                "as_profiled": as_profiled.seconds,
                 "hostless": simulate(made, now, replace(there, host=HostCosts())).seconds,
-                "evaluated": evaluate(made, measured.cost, cluster.topology).seconds,
+                "evaluated": evaluate(made, measured.cost, there.topology).seconds,
                 "measured": statistics.median(seconds),
                 "noise": noise(seconds),
                 "seconds": seconds,
@@ -152,64 +146,11 @@ def main() -> None:
     world.close()
 
 
-def cluster_of(measured: Profile, root: float, sharding: float) -> Cluster:
-    """What the profile says of the cluster; parameters and gradients in fp32.
-
-    ``sharding``: seconds of the host that gathering and reducing take a step, FSDP2's own work included. It is spread over
-    both as the profile finds for their messages.
-    """
-    host, bytes_ = measured.host, 4.0 * measured.parameters
-    both = host.gather_byte + host.reduce_byte
-    part = host.gather_byte / both if both else 0.5
-    host = replace(host, gather_byte=sharding * part / bytes_, reduce_byte=sharding * (1.0 - part) / bytes_)
-    return Cluster(
-        topology=measured.topology(),
-        sharding="sharded",
-        parameter_bytes=bytes_,
-        gradient_bytes=bytes_,
-        root_share=root,
-        overlap=measured.overlap,
-        gather_bandwidth=measured.gather_bandwidth,
-        reduce_bandwidth=measured.reduce_bandwidth,
-        host=host,
-    )
-
-
-def empty_step(engine: Engine, clock: Callable[[], float], steps: int = 9) -> float:
-    """Seconds of the host for a step of two tokens a rank; median, mean over ranks."""
-    batch = whole(engine.world.world_size, 1, 2)
-    return statistics.median([host_seconds(engine, batch, clock) for _ in range(steps + 2)][2:])
-
-
-def whole(ranks: int, documents: int, length: int) -> PlannedBatch:
-    """So many documents on each rank, none of them shared."""
-    lengths = [length] * documents * ranks
-    groups = [(rank,) for rank in range(ranks) for _ in range(documents)]
-    slots, capacity = [0] * len(lengths), documents * length
-    made = Plan.from_groups(
-        lengths, groups, slots, world_size=ranks, capacity=capacity, regime="step", planner="reference"
-    )
-    return planned(lengths, made, 0)
-
-
-def host_seconds(engine: Engine, batch: PlannedBatch, clock: Callable[[], float]) -> float:
-    """Of one step; mean over ranks."""
-    world = engine.world
-    torch.distributed.barrier(group=world.control)
-    start = clock()
-    engine.forward_backward(batch)
-    mean = torch.tensor([clock() - start], dtype=torch.float64)
-    for parameter in engine.parameters():
-        parameter.grad = None
-    torch.distributed.all_reduce(mean, group=world.control)
-    return float(mean) / world.world_size
-
-
-def root_share(model: torch.nn.Module) -> float:
-    """Part of the parameters that belongs to no layer."""
-    layers = {id(p) for layer in find_layers(model) for p in layer.parameters()}
-    rest = sum(p.numel() for p in model.parameters() if id(p) not in layers)
-    return rest / sum(p.numel() for p in model.parameters())
+def predict(measured: Profile, lengths: Sequence[int] | IntArray, planner: str) -> tuple[Plan, Simulation]:
+    """The plan of a batch, and what the profile says of it: as ``hdp simulate --profile`` does."""
+    cluster = Cluster.of_profile(measured)
+    made = plan(lengths, cluster.topology, measured.cost, capacity=CAPACITY, planner=planner)
+    return made, simulate(made, measured.cost, cluster)
 
 
 class Reference:
@@ -221,8 +162,7 @@ class Reference:
 
     def seconds(self) -> float:
         """Of the host, for 16 documents of 128 tokens on every rank."""
-        size = self.engine.world.world_size
-        return host_seconds(self.engine, whole(size, 16, 128), self.clock)
+        return host_seconds(self.engine, whole_batch(self.engine, 16, 128), self.clock)
 
 
 def slowed(cost: CostModel, cluster: Cluster, speed: float) -> tuple[CostModel, Cluster]:
@@ -264,7 +204,8 @@ def tell(measured: Profile) -> None:
         print(f"profile {s.documents} x {s.length}: {s.seconds:.4f} s, fit {100 * s.error:+.1f} %")
     print(f"profile {measured.cost}\n{measured.intra} {measured.inter}\n{measured.host}")
     rates = f"gather {measured.gather_bandwidth:.4g} B/s, reduce {measured.reduce_bandwidth:.4g} B/s"
-    print(f"{rates}, overlap {measured.overlap:.2f}", flush=True)
+    print(f"{rates}, overlap {measured.overlap:.2f}")
+    print(f"sharding takes {measured.sharding_seconds:.3f} s of the host a step", flush=True)
 
 
 def line(case: dict, made: Plan) -> str:

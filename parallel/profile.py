@@ -2,7 +2,7 @@
 
 Every rank runs micro-batches of one length on its own, all ranks at once, so that what they share (memory bandwidth, power,
 cores) is shared as in training; then messages go round rings inside nodes and across them. What many short sequences cost
-the host is measured in ``profile_host``.
+the host is measured in ``profile_host``, what sharding costs it in ``profile_sharding``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from hdp.parallel.engine import Engine
 from hdp.parallel.loss import loss_sum
 from hdp.parallel.profile_clock import Quota, host_clock, measure_quota
 from hdp.parallel.profile_host import Clock, host_costs, micro_batch
+from hdp.parallel.profile_sharding import root_share, sharding_seconds, spread
 from hdp.parallel.world import World
 
 REPEATS = 3
@@ -46,7 +47,7 @@ GROWTH = 3.0
 def profile(
     model: nn.Module, world: World, *, lengths: Sequence[int] = (), budget: float = BUDGET, name: str = ""
 ) -> Profile:
-    """Measures ``model`` (as for ``hdp.shard``, not wrapped) and the links between the ranks of ``world``.
+    """Measures ``model`` (as for ``hdp.shard``, not wrapped: it stays so) and the links between the ranks of ``world``.
 
     Args:
         lengths: tokens of the documents to run; empty: 128, 256, ... as far as the budget goes.
@@ -67,7 +68,14 @@ def profile(
     intra, inter = _links(world, local)
     gather, reduce, gather_byte, reduce_byte = _collectives(world, host_clock(world.device, quota))
     share = quota.share(torch.get_num_threads())
-    return Profile(
+    host = replace(
+        host,
+        gather_byte=gather_byte,
+        reduce_byte=reduce_byte,
+        quota_period=quota.period if share < 1.0 else 0.0,
+        quota_share=share,
+    )
+    made = Profile(
         model=name or shape.name,
         device=_device_name(world.device),
         world_size=world.world_size,
@@ -80,14 +88,15 @@ def profile(
         overlap=_overlap(world),
         gather_bandwidth=gather,
         reduce_bandwidth=reduce,
-        host=replace(
-            host,
-            gather_byte=gather_byte,
-            reduce_byte=reduce_byte,
-            quota_period=quota.period if share < 1.0 else 0.0,
-            quota_share=share,
-        ),
+        host=host,
+        element_bytes=_element(model),
+        root_share=root_share(model),
+        shape=shape,
     )
+    if world.device.type != "cpu" or world.world_size == 1:
+        return made  # a GPU's host runs ahead; one rank moves nothing
+    seconds = sharding_seconds(model, world, host_clock(world.device, quota))
+    return replace(made, host=spread(host, seconds, made.parameter_bytes, made.gradient_bytes))
 
 
 def cost_model(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from hdp.balance.host import NO_HOST_COSTS, HostCosts
+from hdp.balance.measured import Profile
 from hdp.balance.models import ModelShape
 from hdp.balance.plan import PlanError
 from hdp.balance.topology import Topology
@@ -64,9 +65,7 @@ class Cluster:
         if self.sharding not in SHARDINGS:
             raise PlanError(f"unknown sharding {self.sharding!r}: choose one of {', '.join(SHARDINGS)}")
         for name in ("ranks_per_nic", "stages"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise PlanError(f"{name} is {value!r}: give a whole number of at least 1")
+            _check_count(name, getattr(self, name))
         for name in NUMBERS:
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
@@ -92,6 +91,7 @@ class Cluster:
         **fields: object,
     ) -> Cluster:
         """With the bytes of a model: bf16 parameters, gradients reduced in fp32 unless said otherwise."""
+        _check_count("stages", stages)
         if shape.layers % stages:
             raise PlanError(f"{shape.layers} layers do not divide into {stages} stages: choose a divisor")
         return cls(
@@ -102,6 +102,47 @@ class Cluster:
             gradient_bytes=shape.parameters * gradient_element / stages,
             stage_token_bytes=float(shape.hidden * parameter_element),
             shape=shape,
+            **fields,  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def of_profile(
+        cls,
+        measured: Profile,
+        topology: Topology | None = None,
+        *,
+        sharding: str = "sharded",
+        stages: int = 1,
+        **fields: object,
+    ) -> Cluster:
+        """What ``hdp profile`` found: ``hdp simulate --profile`` and its comparison with real steps simulate this.
+
+        ``topology``: None for the ranks that measured. On others collectives are as much faster or slower as their links say.
+        Raises PlanError for a profile without links and for fields that are wrong.
+        """
+        _check_count("stages", stages)
+        if topology is None:
+            topology = measured.topology()
+        gather, reduce = measured.gather_bandwidth, measured.reduce_bandwidth
+        if gather or reduce:
+            here = _once_around(topology)
+            times = _once_around(measured.topology()) / here if here else 0.0
+            gather, reduce = gather * times, reduce * times
+        shape = measured.shape
+        return cls(
+            topology=topology,
+            sharding=sharding,
+            stages=stages,
+            parameter_bytes=measured.parameter_bytes / stages,
+            gradient_bytes=measured.gradient_bytes / stages,
+            root_share=measured.root_share,
+            overlap=measured.overlap,
+            stage_token_bytes=float(shape.hidden * measured.element_bytes) if shape else 0.0,
+            gather_bandwidth=gather,
+            reduce_bandwidth=reduce,
+            host=measured.host,
+            shape=shape,
+            element_bytes=measured.element_bytes,
             **fields,  # type: ignore[arg-type]
         )
 
@@ -116,12 +157,10 @@ class Cluster:
         """
         topology = self.topology
         node, nodes = topology.node_size, topology.nodes
-        inside = size * (node - 1) / node / topology.intra.bandwidth
-        across = size * (nodes - 1) / nodes / (node * topology.inter.bandwidth)
         depth = (
             math.ceil(math.log2(node)) * topology.intra.latency + math.ceil(math.log2(nodes)) * topology.inter.latency
         )
-        return max(inside, across) + layers * depth
+        return size * _once_around(topology) + layers * depth
 
     def gather_seconds(self, layers: int) -> float:
         """All parameters of a stage, once."""
@@ -140,3 +179,16 @@ class Cluster:
         else:
             once = self.collective_seconds(self.gradient_bytes, layers)
         return once * (2 if self.sharding == "replicated" else 1)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PlanError(f"{name} is {value!r}: give a whole number of at least 1")
+
+
+def _once_around(topology: Topology) -> float:
+    """Seconds a byte of an all-gather's result over all ranks, or of what goes into a reduce-scatter; 0: one rank."""
+    node, nodes = topology.node_size, topology.nodes
+    inside = (node - 1) / node / topology.intra.bandwidth
+    across = (nodes - 1) / nodes / (node * topology.inter.bandwidth)
+    return max(inside, across)

@@ -161,6 +161,8 @@ def describe(measured: Profile, shape: CostModel) -> str:
         ("message", host.message_seconds, host.message_setup),
     ):
         lines.append(f"host, each {label}: {1e6 * each:.3g} us a layer, {1e6 * setup:.3g} us a micro-batch")
+    if measured.sharding_seconds:
+        lines.append(f"host, sharding (FSDP2): {1e3 * measured.sharding_seconds:.3g} ms a step")
     if host.quota_period:
         lines.append(
             f"CPU quota: {host.quota_share:.0%} of each {1e3 * host.quota_period:.3g} ms; times are of the long run"

@@ -32,6 +32,7 @@ from hdp.commands.plan import (
     BadArgumentsError,
     add_batch_arguments,
     add_cluster_arguments,
+    at_least_one,
     cluster_of,
     lengths_of,
     reading_arguments,
@@ -49,8 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sharding", choices=SHARDINGS, default="sharded", help="of parameters; default: sharded (FSDP2)"
     )
-    parser.add_argument("--stages", type=int, default=1, help="pipeline stages of world-size ranks each; default: 1")
-    parser.add_argument("--ranks-per-nic", type=int, default=1, help="ranks of a node that share a NIC; default: 1")
+    parser.add_argument(
+        "--stages", type=at_least_one, default=1, help="pipeline stages of world-size ranks each; default: 1"
+    )
+    parser.add_argument(
+        "--ranks-per-nic", type=at_least_one, default=1, help="ranks of a node that share a NIC; default: 1"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of drawn lengths and of planners that draw; default: 0")
     parser.add_argument("--json", metavar="OUT", help="write all figures as JSON; - for standard output")
     parser.add_argument("--png", metavar="OUT", help="draw the comparison (needs matplotlib)")
@@ -120,6 +125,8 @@ def _run(arguments: argparse.Namespace) -> int:
     tokens = np.mean([o.tokens for o in outcomes if o.planner == rows[0].planner])
     title = _title(arguments, cluster, float(tokens))
     print(title, file=text)
+    if arguments.profile and (note := elsewhere(Profile.read(arguments.profile), cluster)):
+        print(note, file=text)
     print(table(rows, outcomes, float(tokens)), file=text)
     for name, reason in failures.items():
         print(f"{name}: {reason}", file=text)
@@ -130,26 +137,20 @@ def _run(arguments: argparse.Namespace) -> int:
 def machine_of(arguments: argparse.Namespace) -> tuple[CostModel, Cluster]:
     """Cost model and cluster, from the arguments or a profile."""
     topology, cost = cluster_of(arguments)
-    fields: dict[str, object] = {}
+    fields = {name: getattr(arguments, name) for name in ("sharding", "stages", "ranks_per_nic")}
     if arguments.profile:
-        measured = Profile.read(arguments.profile)
-        shape = None
-        parameters = float(measured.parameters)
-        fields = {"overlap": measured.overlap, "host": measured.host}
-    else:
-        shape = model_shape(arguments.model)
-        parameters = float(shape.parameters)
-    if arguments.sharding != "none":
-        fields["parameter_bytes"] = 2.0 * parameters / arguments.stages
-        fields["gradient_bytes"] = 4.0 * parameters / arguments.stages
-    return cost, Cluster(
-        topology=topology,
-        ranks_per_nic=arguments.ranks_per_nic,
-        sharding=arguments.sharding,
-        stages=arguments.stages,
-        stage_token_bytes=2.0 * shape.hidden if shape else 0.0,
-        shape=shape,
-        **fields,  # type: ignore[arg-type]
+        return cost, Cluster.of_profile(Profile.read(arguments.profile), topology, **fields)
+    return cost, Cluster.of_model(model_shape(arguments.model), topology, **fields)
+
+
+def elsewhere(measured: Profile, cluster: Cluster) -> str:
+    """What to know of a profile that was measured on other ranks than are simulated; empty: it was not."""
+    there, here = (measured.world_size, measured.ranks_per_node), cluster.topology
+    if there == (here.world_size, here.ranks_per_node):
+        return ""
+    return (
+        f"the profile was measured on {there[0]} ranks, {there[1]} a node, not {here.world_size}, {here.ranks_per_node} a node:"
+        " its collectives are scaled as the links say"
     )
 
 
