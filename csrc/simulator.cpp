@@ -89,6 +89,7 @@ simulator::Input input(const py::dict& a, const py::list& tables) {
   in.unit = unit.data();
   in.latency[0] = number(a, "latency_within");
   in.latency[1] = number(a, "latency_across");
+  in.leaving = number(a, "leaving");
   in.round_ticks = number(a, "round_ticks");
   in.piece_ticks = number(a, "piece_ticks");
   in.message_ticks = number(a, "message_ticks");

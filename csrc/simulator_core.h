@@ -68,6 +68,7 @@ struct Input {
   const double* unit;                      // [exchanges, 2 tiers, 2 kinds of bytes]: ticks of one weight, all layers
   i64 exchanges = 0;
   i64 latency[2] = {0, 0};                 // one hop in all layers
+  i64 leaving = 2;                         // layers whose copies may be under way when forward begins the next one
   i64 round_ticks = 0;                     // host time of one round in all layers
   i64 piece_ticks = 0, message_ticks = 0;  // host time of a tile and of a tensor sent or received, in all layers
   i64 gather = 0, reduce = 0;              // collectives over all layers

@@ -140,8 +140,8 @@ inline void Simulator::begin_layer(i64 a, i64 now) {
     const i64 there = in_.root_gather + in_.gather / in_.model_layers * upto;
     if (there > now) return wake(a, there);
   }
-  if (in_.copy[op] && !in_.backward[op]) {  // two layers may be on their way out
-    const i64 out = actor.copy.free - 2 * in_.copy[op] / in_.model_layers;
+  if (in_.copy[op] && !in_.backward[op]) {  // some layers may be on their way out
+    const i64 out = actor.copy.free - in_.leaving * in_.copy[op] / in_.model_layers;
     if (out > now) return wake(a, out);
   }
   actor.layer_begin = now;

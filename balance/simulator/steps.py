@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hdp.balance.cost import TICK, CostModel, Costs
-from hdp.balance.memory import KEPT_LAYERS
+from hdp.balance.memory import slot_costs
 from hdp.balance.plan import IntArray, Plan, PlanError
 from hdp.balance.simulator.cluster import Cluster
 from hdp.balance.simulator.tables import table
@@ -25,7 +25,7 @@ class MicroBatches:
     rank: IntArray
     slot: IntArray
     linear: IntArray
-    """Everything but attention and the head."""
+    """Everything but attention and the head; backward also of layers that run again, which keep what attention gave."""
     head: IntArray
     """The head, on the last stage only."""
     local: IntArray
@@ -71,7 +71,10 @@ def needs_closing(plan: Plan) -> bool:
 
 
 def micro_batches(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -> MicroBatches:
-    """Every rank's micro-batches, dummies included: each rank takes part in every slot, or at least once a step."""
+    """Every rank's micro-batches, dummies included: each rank takes part in every slot, or at least once a step.
+
+    ``costs``: of ``cost`` without layers that run again.
+    """
     sizes = np.diff(plan.group_offsets)
     sequences = np.repeat(np.arange(len(sizes)), sizes)
     members = np.arange(len(plan.group_ranks)) - np.repeat(plan.group_offsets[:-1], sizes)
@@ -98,16 +101,21 @@ def micro_batches(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -
     local = np.stack([total(np.where(whole, costs.attention[phase][sequences] + piece, 0)) for phase in (0, 1)])
     setup = np.stack([total(_setup_ticks(group, bool(phase), cluster)) for phase in (0, 1)])
     tokens = total(costs.lengths[sequences] // group + (members < costs.lengths[sequences] % group))
+    slot, models = unique % (slots + 1), slot_costs(plan, cost)
+    layers = np.array([models.get(k, cost).recomputed for k in range(slots)] + [0])  # the closing slot has none
+    again = np.rint(costs.lengths * layers[plan.slots] * (cost.linear / TICK)).astype(np.int64)[sequences]
+    dense = _passes(total(-(-(linear - head) // group)), cost) + _passes(np.full(len(unique), costs.constant), cost)
+    dense[1] += total(-(-again // group)) + np.rint(layers[slot] * (cost.constant / 3.0 / TICK)).astype(np.int64)
     return MicroBatches(
         rank=unique // (slots + 1),
-        slot=unique % (slots + 1),
-        linear=_passes(total(-(-(linear - head) // group)), cost) + _passes(np.full(len(unique), costs.constant), cost),
+        slot=slot,
+        linear=dense,
         head=_passes(total(-(-head // group)), cost),
         local=local,
         tokens=tokens,
-        copy=_copies(plan, cost, unique, slots, tokens),
+        copy=_copies(plan, cost, models, unique, slots, tokens),
         setup=setup,
-        is_closing=((unique % (slots + 1) == slots) & closing).astype(np.int64),
+        is_closing=((slot == slots) & closing).astype(np.int64),
     )
 
 
@@ -128,7 +136,10 @@ def _passes(ticks: IntArray, cost: CostModel) -> IntArray:
     return np.stack([forward, ticks - forward])
 
 
-def _copies(plan: Plan, cost: CostModel, keys: IntArray, slots: int, tokens: IntArray) -> IntArray:
+def _copies(
+    plan: Plan, cost: CostModel, models: dict[int, CostModel], keys: IntArray, slots: int, tokens: IntArray
+) -> IntArray:
+    """``models``: cost models of slots with layers that run again, of which less leaves."""
     copy = np.zeros(len(keys), dtype=np.int64)
     if not plan.offload:
         return copy
@@ -136,8 +147,8 @@ def _copies(plan: Plan, cost: CostModel, keys: IntArray, slots: int, tokens: Int
         raise PlanError("the plan offloads: give the cost model's copy_bandwidth in bytes per second")
     at = np.searchsorted(keys, [rank * (slots + 1) + slot for rank, slot, _ in plan.offload])
     ratios = np.array([ratio for _, _, ratio in plan.offload])
-    size = ratios * tokens[at] * cost.activation_bytes * max(cost.layers - KEPT_LAYERS, 0)
-    copy[at] = np.rint(size / cost.copy_bandwidth / TICK).astype(np.int64)
+    movable = np.array([models.get(slot, cost).movable_bytes for _, slot, _ in plan.offload])
+    copy[at] = np.rint(ratios * tokens[at] * movable / cost.copy_bandwidth / TICK)
     return copy
 
 

@@ -23,6 +23,7 @@ from hdp.balance import PLANNERS, CostModel, PlanError, plan
 from hdp.balance.measured import Profile
 from hdp.balance.models import model_shape
 from hdp.balance.plan import IntArray
+from hdp.balance.planners.recompute import RECOMPUTE
 from hdp.balance.simulator import SHARDINGS, Cluster, Simulation, simulate
 from hdp.balance.simulator.picture import Row, draw
 from hdp.commands.plan import (
@@ -46,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_batch_arguments(parser)
     add_cluster_arguments(parser)
     parser.add_argument("--planners", default=DEFAULT, help=f"of {', '.join(PLANNERS)}; default: {DEFAULT}")
+    parser.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        default="off",
+        help="off; auto: layers run again in backward where a document does not fit otherwise; all: all layers but those that"
+        " keep everything; default: off",
+    )
     parser.add_argument("--steps", type=int, default=1, help="batches to draw and simulate; default: 1")
     parser.add_argument(
         "--sharding", choices=SHARDINGS, default="sharded", help="of parameters; default: sharded (FSDP2)"
@@ -165,6 +173,7 @@ def _simulate(
         regime=arguments.regime,
         planner=name,
         offload=arguments.offload,
+        recompute=arguments.recompute,
         seed=arguments.seed,
     )
     simulation = simulate(made, cost, cluster)
