@@ -98,7 +98,11 @@ def step_bound(problem: Problem) -> int:
     order = problem.descending
     if not len(order):
         return 0
-    low, high = 0, int(shortest_share(problem, order).max()) + int(problem.costs.work.sum()) + problem.costs.constant
+    low = -(-int(problem.costs.work.sum()) // problem.world_size) + problem.costs.constant - 1  # too short by a tick
+    step = 1
+    while not _could_take(problem, order, low + step):  # mostly the work alone decides
+        low, step = low + step, max(4 * step, low >> 10)
+    high = low + step
     while high - low > 1:
         middle = (low + high) // 2
         if _could_take(problem, order, middle):
