@@ -16,23 +16,20 @@ class SlotSearch {
       : machine_(machine), seq_(seq), outlook_(outlook), constant_(constant) {}
 
   Assignment run(int effort) {
-    Assignment plan;
+    Assignment plan, ended;
     plan.slots.assign(seq_.count, -1);
     plan.makespan = 0;
     std::vector<int> left(seq_.count);
     std::iota(left.begin(), left.end(), 0);
     for (i64 slot = 0; !left.empty(); ++slot) {
-      Slot best = best_slot(left, effort);
-      for (std::size_t i = 0; i < best.groups.size(); ++i) {
-        const int d = best.groups.sequences[i];
-        plan.slots[d] = slot;
-        const i64 first = best.groups.offsets[i];
-        plan.groups.add(d, best.groups.ranks.data() + first, best.groups.offsets[i + 1] - first);
+      if (Slot last = last_slot(left, ended.makespan - plan.makespan); last.useful > 0) {
+        ended = plan;
+        append(ended, slot, last);
       }
-      plan.makespan += best.duration;
+      append(plan, slot, best_slot(left, effort));
       std::erase_if(left, [&](int d) { return plan.slots[d] >= 0; });
     }
-    return plan;
+    return ended.makespan < plan.makespan ? ended : plan;
   }
 
  private:
@@ -41,6 +38,8 @@ class SlotSearch {
     i64 useful = 0;
     Groups groups;
   };
+
+  static constexpr int kFew = 4096;  // sequences of a batch that costs little to search
 
   const Machine& machine_;
   const Sequences& seq_;
@@ -58,11 +57,43 @@ class SlotSearch {
         Slot slot = fill(left, target, spread_from);
         if (slot.useful > 0 && better(slot, best)) best = std::move(slot);
         ++tried;
-        if (best.useful > 0 && idle(best) * (seq_.count < 4096 ? 4096 : 1024) < static_cast<__int128>(best.useful) * (1 + tried / 4)) return best;
+        if (best.useful > 0 && idle(best) * (seq_.count < kFew ? 4096 : 1024) < static_cast<__int128>(best.useful) * (1 + tried / 4)) return best;
       }
       if (tried >= effort && best.useful > 0) break;
     }
     return best;
+  }
+
+  // All that is left in one slot that takes less than `most`, in as little time as a few halvings find; useful is 0 where
+  // there is none. The fullest slot is not always the last: what little it leaves costs another barrier.
+  Slot last_slot(const std::vector<int>& left, i64 most) const {
+    Slot best;
+    __int128 work = 0, tokens = 0;
+    for (int d : left) work += seq_.work[d], tokens += seq_.length[d];
+    if (seq_.count > kFew || tokens > static_cast<__int128>(machine_.capacity) * machine_.world) return best;
+    i64 low = static_cast<i64>(work / machine_.world), high = std::min<i64>(most, 4 * (low + seq_.work[left.front()])) - constant_;
+    for (int halving = 0; halving < 10 && low < high; ++halving) {
+      const i64 target = low + (high - low) / 2;
+      bool all = false;
+      for (i64 spread_from : {kNever, spread_from_}) {
+        Slot slot = fill(left, target, spread_from);
+        if (slot.groups.size() < left.size()) continue;
+        all = true;
+        if (slot.duration < std::min(most, best.duration)) best = std::move(slot);
+      }
+      (all ? high : low) = target;
+    }
+    return best;
+  }
+
+  void append(Assignment& plan, i64 slot, const Slot& filled) const {
+    for (std::size_t i = 0; i < filled.groups.size(); ++i) {
+      const int d = filled.groups.sequences[i];
+      plan.slots[d] = slot;
+      const i64 first = filled.groups.offsets[i];
+      plan.groups.add(d, filled.groups.ranks.data() + first, filled.groups.offsets[i + 1] - first);
+    }
+    plan.makespan += filled.duration;
   }
 
   __int128 idle(const Slot& slot) const { return static_cast<__int128>(slot.duration) * machine_.world - slot.useful; }

@@ -7,16 +7,25 @@ a number of targets, never a time.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from hdp import _planner
+from hdp.balance.bounds import step_bound
 from hdp.balance.evaluate import Evaluation, evaluate
 from hdp.balance.memory import capacity_with, most_moved, refuse_no_room
 from hdp.balance.plan import IntArray, Plan
+from hdp.balance.planners import bytescale, naive, static
 from hdp.balance.planners.problem import Problem
 
 STEP_EFFORT = 12
 SLOT_EFFORT = 24
+MOST_PLACES = 1 << 18
+MOST_DOCUMENTS = 1024
+"""Documents times ranks, and documents, up to which batches are planned in several ways."""
+NEAR = 1.001
+"""Makespan over the bound up to which no other way is tried."""
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Offload ratios up to which a plan is made, as parts of the ratio allowed."""
 
@@ -40,6 +49,32 @@ def terms(problem: Problem, order: IntArray, room: int) -> IntArray:
 
 
 def make(problem: Problem, name: str) -> Plan:
+    """The best plan of the search; of a small batch that ends far from the bound, the best of the other planners' as well.
+
+    The search of regime ``step`` places documents one by one. Where many must be shared, one ring for all of a slot may hide
+    more; where micro-batches cost something by themselves, plans that are made slot by slot can have fewer of them; and of
+    two or three documents, fewer ranks than the last ones left over may be the better group.
+    """
+    made = _over_ratios(problem, name)
+    documents, room = len(problem.lengths), problem.world_size * problem.capacity
+    if documents > MOST_DOCUMENTS or documents * problem.world_size > MOST_PLACES:
+        return made
+    shortest = evaluate(made, problem.cost, problem.topology).makespan
+    if problem.lengths.max(initial=0) > room or shortest <= step_bound(problem) * NEAR:
+        return made
+    plain = replace(problem, offload=0.0)
+    made_by = (static.make(plain, "static"), naive.make(plain, "naive"), bytescale.make(plain, "bytescale"))
+    others = [replace(other, planner=name) for other in made_by]
+    if problem.regime == "step":
+        others.append(replace(_over_ratios(replace(plain, regime="slot"), name), regime="step"))
+    for other in others:
+        makespan = evaluate(other, problem.cost, problem.topology).makespan
+        if makespan < shortest:
+            made, shortest = other, makespan
+    return made
+
+
+def _over_ratios(problem: Problem, name: str) -> Plan:
     """The best plan within the budget of targets, over ratios up to which activations may be offloaded.
 
     A ratio decides how many tokens a share of a long sequence may hold, and in regime ``slot`` a micro-batch: fewer ranks a

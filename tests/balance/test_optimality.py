@@ -15,6 +15,7 @@ from hdp.balance.bounds import shortest_share, slot_bound, step_bound
 from hdp.balance.distributions import draw_lengths
 from hdp.balance.exact import exact_optimum
 from hdp.balance.planners import PLANNERS, make_problem
+from hdp.balance.planners.auto import search
 
 COST = CostModel.from_shape("llama-7b", flops=400e12)
 CAPACITY = 8192
@@ -122,6 +123,41 @@ def test_ahead_of_the_others_on_long_tails(name: str, regime: str) -> None:
     ours = makespan(lengths, 64, regime)
     for planner in ("static", "static-random", "naive", "bytescale", "bytescale-pp"):
         assert ours < makespan(lengths, 64, regime, planner)
+
+
+@pytest.mark.parametrize(("slow", "latency"), [(1e4, 0.0), (1e4, 1e-4), (1.0, 2e-3)])
+def test_bound_counts_rings_that_take_longer_than_all_the_work(slow: float, latency: float) -> None:
+    """Documents that memory forces on all ranks, one after the other."""
+    lengths = [8 * CAPACITY] * 6
+    problem = problem_of(lengths, 8, "step", slow=slow, latency=latency)
+    made = makespan(lengths, 8, "step", slow=slow, latency=latency)
+    assert step_bound(problem) <= made <= 1.3 * step_bound(problem)
+
+
+def test_a_last_slot_takes_what_would_cost_another_barrier() -> None:
+    topology = Topology(world_size=19, ranks_per_node=4)
+    lengths = [1, 1, 115, 115, 116, 116, 155, 198, 209, 261, 261, 320, 410]
+    problem = make_problem(lengths, topology, replace(COST, constant=1e-3), capacity=300, regime="slot", planner="auto")
+    made = search(problem, "auto", problem.capacity)
+    assert evaluate(made, problem.cost, topology).makespan <= 1.05 * slot_bound(problem)
+
+
+@pytest.mark.parametrize("regime", ["step", "slot"])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_small_batches_are_not_behind_the_others(regime: str, data: st.DataObject) -> None:
+    """Few documents, capacities that cut most of them, micro-batches that cost something by themselves."""
+    topology = Topology(world_size=data.draw(st.sampled_from([2, 5, 8, 16, 19])), ranks_per_node=4)
+    capacity = data.draw(st.sampled_from([300, 1000, 4000]))
+    lengths = data.draw(st.lists(st.integers(1, 2 * capacity), min_size=1, max_size=40))
+    cost = replace(COST, constant=data.draw(st.sampled_from([0.0, 1e-5, 1e-3, 1e-2])))
+    made = {
+        planner: evaluate(
+            plan(lengths, topology, cost, capacity=capacity, regime=regime, planner=planner), cost, topology
+        ).makespan
+        for planner in ("auto", "static", "naive", "bytescale")
+    }
+    assert made["auto"] <= 1.001 * min(made.values())
 
 
 @pytest.mark.parametrize("world", [8, 64])
