@@ -12,8 +12,9 @@ import torch
 sys.path.append(str(Path(__file__).parents[1] / "parallel"))
 from tiny import make_documents, make_model
 
+from hdp.attention import attend
 from hdp.attention.channel import VirtualNetwork
-from hdp.attention.huggingface import planned_mask, register
+from hdp.attention.huggingface import hdp_attention, hdp_mask, planned_mask, register
 from hdp.attention.route import AttentionRuntime, Route, RouteShard
 
 register()
@@ -193,6 +194,38 @@ def test_windows_and_both_directions_are_computed(is_bidirectional):
     ).last_hidden_state[0]
     assert route.tokens == 40
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+def width_of(*windows: int) -> int:
+    """Of the mask that stands for these windows together in a planned batch."""
+    from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
+
+    function = causal_mask_function
+    for window in windows:
+        function = and_masks(sliding_window_overlay(window), function)
+    mask = hdp_mask(attention_mask=planned_mask(torch.device("cpu")), mask_function=function, config=None)
+    assert mask.shape[:3] == (1, 1, 0)
+    return mask.shape[3]
+
+
+def test_the_narrowest_window_counts():
+    assert [width_of(), width_of(9), width_of(5, 9), width_of(9, 5)] == [0, 9, 5, 5]
+
+
+@pytest.mark.parametrize(("width", "told", "window"), [(0, None, None), (0, 7, 7), (7, None, 7), (7, 7, 7)])
+def test_a_window_comes_with_the_call_or_with_the_mask(width, told, window):
+    route = Route(
+        AttentionRuntime(0, VirtualNetwork().channel(0), torch.device("cpu")),
+        [RouteShard(sequence=0, length=18, group=(0,))],
+    )
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 18, 8) for heads in (4, 2, 2))
+    mask = torch.empty((1, 1, 0, width), dtype=torch.bool)
+    out, _ = hdp_attention(torch.nn.Module(), q, k, v, mask, sliding_window=told, hdp_route=route)
+    want = attend(*(t[0].transpose(0, 1) for t in (q, k, v)), route=route, window=window)
+    assert torch.equal(out[0], want)
+    with pytest.raises(ValueError, match="a sliding window of 8 tokens, and its mask one of 7: both must be the same"):
+        hdp_attention(torch.nn.Module(), q, k, v, mask.new_empty(1, 1, 0, 7), sliding_window=8, hdp_route=route)
 
 
 def test_a_batch_of_two_rows_is_refused(models):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from harness import Ranks
 
 import hdp
 from hdp.attention.lowered import Packet, Ref
-from hdp.parallel.channel import PIECE_BYTES, Ticket, TorchChannel, first_line
+from hdp.parallel.channel import PIECE_BYTES, Ticket, TorchChannel, _tag, first_line
 
 
 def packet(peer: int, lane: int, what: str = "k", late: bool = False) -> Packet:
@@ -48,6 +50,21 @@ def test_all_to_all_over_both_lanes(ranks, elements):
     for same, sent, messages in ranks(3).run(exchange, elements):
         assert same
         assert messages == 2 * 2 * 2 and sent == messages * elements * 4
+
+
+def test_what_is_not_the_same_has_another_tag():
+    """Sequence, what it is, size, dtype, round: a rank that expects something else takes this message for nothing."""
+    mine = packet(1, 0)
+    tags = [
+        _tag(mine, torch.empty(6), 7),
+        _tag(replace(mine, sequence=6), torch.empty(6), 7),
+        _tag(replace(mine, what="v"), torch.empty(6), 7),
+        _tag(mine, torch.empty(5), 7),
+        _tag(mine, torch.empty(6, dtype=torch.int32), 7),
+        _tag(mine, torch.empty(6), 8),
+    ]
+    assert len(set(tags)) == len(tags) and all(0 <= tag < 1 << 31 for tag in tags)
+    assert _tag(packet(0, 0, late=True), torch.empty(2, 3), 7) == tags[0]  # as its receiver calls it
 
 
 class Coalescing:

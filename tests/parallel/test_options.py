@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -114,6 +115,32 @@ def test_ranks_that_would_choose_by_other_numbers_are_refused():
         found = two.run(choosing)
     for rank, text in enumerate(found):
         assert f"ranks [{1 - rank}] would choose by other numbers than rank {rank}" in text
+
+
+def nodes(world: hdp.World, local: list[int], tensor_parallel: int) -> tuple[int | None, int, int | None]:
+    """Ranks of a node as attention, planners and the choice of schedules are told of them."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(local[world.rank])
+    world = again(world, tensor_parallel=tensor_parallel)
+    if tensor_parallel > 1:
+        return world.runtime.ranks_per_node, 0, None
+    make_engine(world, "fsdp-step", make_model("gqa"))
+    assert world.assumptions is not None and world.runtime.chooser is not None
+    return world.runtime.ranks_per_node, world.assumptions.topology.nodes, world.runtime.chooser.ranks_per_node
+
+
+@pytest.mark.parametrize(
+    ("local", "tensor_parallel", "expected"),
+    [
+        ([2] * 4, 1, (2, 2, 2)),
+        ([1] * 4, 1, (1, 4, 1)),
+        ([4] * 4, 1, (None, 1, None)),
+        ([3, 3, 3, 1], 1, (None, 1, None)),  # nodes that differ
+        ([2] * 4, 2, (1, 0, None)),
+    ],
+)
+def test_nodes_are_those_of_the_launcher(local, tensor_parallel, expected):
+    with Ranks(4) as four:
+        assert four.run(nodes, local, tensor_parallel) == [expected] * 4
 
 
 def test_a_narrower_way(by_plan):

@@ -187,9 +187,17 @@ def kept_layers(world: hdp.World, folder: str) -> Any:
             engine.activations = activations
             engine.forward_backward(batch)
             micro_batches.append(batch.plan.micro_batches(world.rank)[0])
-            for keep in ((0, 2), (0, 3), (0, 0), (3, 2), (2, 1)):  # as many layers as planned, but not the same: no room
+            for keep in (
+                (0, 2),
+                (0, 3),
+                (0, 0),
+                (3, 2),
+                (2, 1),
+            ):  # as many layers as planned, but not the same: no room
                 try:
-                    replace(activations, keep_first=keep[0], keep_last=keep[1]).around(engine.model, micro_batches[0], 75)
+                    replace(activations, keep_first=keep[0], keep_last=keep[1]).around(
+                        engine.model, micro_batches[0], 75
+                    )
                 except ValueError as error:
                     errors.append(str(error))
     with hdp.Activations.open(world, ratio=0.0), pytest.raises(ValueError, match="copy_bandwidth"):

@@ -145,14 +145,19 @@ def test_busy_cores_are_no_quota(monkeypatch: pytest.MonkeyPatch):
     assert judge(Watched(cores=0.5, pauses=regular[:3]), half, 1) == NO_QUOTA
 
 
-def quota_of_this_machine(world: Any) -> tuple[Quota, int]:
-    return measure_quota(world, 1), world.rank
+def agreed(world: Any, found: list[Quota]) -> Quota:
+    """What ranks make of what each of them has found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profile_clock, "watch", lambda _: None)
+        patch.setattr(profile_clock, "judge", lambda *_: found[world.rank])
+        return measure_quota(world, 1)
 
 
 def test_all_ranks_agree_on_the_quota():
+    found = [Quota(period=0.1, cores=0.25), Quota(period=0.3, cores=0.75)]
     with Ranks(2) as ranks:
-        first, second = ranks.run(quota_of_this_machine)
-    assert first[0] == second[0] and (first[1], second[1]) == (0, 1)
+        assert ranks.run(agreed, found) == [Quota(period=0.2, cores=0.5)] * 2
+        assert ranks.run(agreed, [found[0], NO_QUOTA]) == [NO_QUOTA] * 2  # not all have one
 
 
 def test_clock_counts_all_threads_where_they_share_a_quota(monkeypatch: pytest.MonkeyPatch):

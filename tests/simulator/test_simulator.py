@@ -230,7 +230,7 @@ def test_ring_sends_what_its_programs_send(size: int, backward: bool):
     assert int(simulation.nic_busy.sum()) * TICK == pytest.approx(sum(both) / 1e9, rel=1e-6)
 
 
-@pytest.mark.parametrize("names", ["ring", "token_ring", "direct", "all_gather:2", "ulysses"])
+@pytest.mark.parametrize("names", ["token_ring", "direct", "all_gather:2", "ulysses"])
 def test_other_schedules_send_what_their_programs_send(names: str):
     shape = ModelShape(name="m", layers=2, hidden=64, heads=4, kv_heads=4, head_dim=16, intermediate=64, vocabulary=64)
     cost = replace(CostModel.from_shape(shape, flops=1e12), layers=2)
@@ -238,11 +238,9 @@ def test_other_schedules_send_what_their_programs_send(names: str):
     topology = world(4, Link(bandwidth=1e9))
     simulation = simulate(made, cost, Cluster(topology=topology, shape=shape))
     counted = sum(table(names, names, b, 4, "zigzag", shape, 2)["weight"].sum() for b in (False, True))
-    if names != "ring":
-        assert int(simulation.nic_busy.sum()) * TICK == pytest.approx(2 * 2048 * counted / 1e9, rel=1e-6)
-        with pytest.raises(PlanError, match="shape"):
-            simulate(made, cost, Cluster(topology=topology))
-    assert simulation.busy.max() * TICK <= simulation.seconds
+    assert int(simulation.nic_busy.sum()) * TICK == pytest.approx(2 * 2048 * counted / 1e9, rel=1e-6)
+    with pytest.raises(PlanError, match="shape"):
+        simulate(made, cost, Cluster(topology=topology))
 
 
 # ---------------------------------------------------------------- what must always hold
