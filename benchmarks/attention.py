@@ -247,7 +247,7 @@ def exposed(cluster: Cluster) -> dict[str, float]:
         rate = rate_for(ratio, tokens, heads, hosts, forward)
         cases = {"exposed": [], "mixed": [4096, 4096]}
         jobs = [
-            {"tokens": tokens, "heads": heads, "candidates": pair, "rounds": 6, "local": local}
+            {"tokens": tokens, "heads": heads, "candidates": pair, "rounds": 5, "local": local}
             for local in cases.values()
         ]
         for name, times in zip(cases, cluster.run_all(hosts, rate, jobs), strict=True):
