@@ -65,9 +65,17 @@ class Chooser:
             raise ValueError(f"flops is {self.flops}: give the operations a second that attention attains")
 
     def names(
-        self, length: int, group: tuple[int, ...], layout: str, geometry: Geometry, mask: Mask
+        self,
+        length: int,
+        group: tuple[int, ...],
+        layout: str,
+        geometry: Geometry,
+        mask: Mask,
+        wanted: tuple[str, str] = (AUTO, AUTO),
     ) -> tuple[str, str]:
-        """Forward and backward schedule of a sequence of ``length`` tokens on the ranks ``group``."""
+        """Forward and backward schedule of a sequence of ``length`` tokens on the ranks ``group``; of ``wanted`` what is no
+        ``"auto"`` stays, and the other is the cheapest that goes with it."""
+        fixed = [None if name == AUTO else name for name in wanted]
         nodes = None
         if self.ranks_per_node is not None:
             nodes = tuple(rank // self.ranks_per_node for rank in group)
@@ -96,6 +104,8 @@ class Chooser:
             layout=layout,
             nodes=nodes,
             kept_limit=self.kept_limit,
+            forward=fixed[0],
+            backward=fixed[1],
         )
         return choose(case).names
 
@@ -118,7 +128,4 @@ def resolve(
             "schedule 'auto' needs to know links and rates, and no chooser does; give a hdp.attention.auto.Chooser, or name a"
             " schedule"
         )
-    chosen = chooser.names(length, group, layout, geometry, mask)
-    if names == (AUTO, AUTO):
-        return chosen
-    return (chosen[0], names[1]) if names[0] == AUTO else (names[0], chosen[1])
+    return chooser.names(length, group, layout, geometry, mask, names)

@@ -142,14 +142,19 @@ class Case:
     """Bytes of buffers that may be held at a time; None: any."""
     allowed: tuple[str, ...] | None = None
     """Schedules to choose among; None: all that serve the group."""
+    forward: str | None = None
+    """Schedule of forward; None: to be chosen."""
+    backward: str | None = None
+    """Schedule of backward; None: to be chosen."""
 
     def __post_init__(self) -> None:
         if self.nodes is not None and len(self.nodes) != self.size:
             raise ValueError(f"nodes of {len(self.nodes)} members for a group of {self.size}")
         if self.size < 1 or self.length < 0:
             raise ValueError(f"cannot choose for {self.length} tokens over {self.size} ranks")
-        for name in self.allowed or ():
-            get_schedule(name)
+        for name in (*(self.allowed or ()), self.forward, self.backward):
+            if name is not None:
+                get_schedule(name)
 
 
 def choose(case: Case) -> Choice:
@@ -204,9 +209,17 @@ def _is_pair(forward: str, backward: str) -> bool:
 
 
 def candidates(case: Case, backward: bool) -> list[str]:
-    """Names that can serve the group, plain ones first."""
+    """Names that can serve the group, plain ones first; that of the other direction too, if it is fixed: it may keep."""
     if case.size == 1:
         return ["local"]
+    fixed, other = (case.backward, case.forward) if backward else (case.forward, case.backward)
+    if fixed is not None:
+        return [fixed]
+    names = _free(case, backward)
+    return names if other is None or other in names else [*names, other]
+
+
+def _free(case: Case, backward: bool) -> list[str]:
     if case.allowed is not None:
         return [name for name in case.allowed if backward or name != "ring_q"]
     names = list(BACKWARD if backward else FORWARD)

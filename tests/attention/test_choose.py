@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from hdp.attention.counts import Sizes, count
 from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_schedule, lay_out
+from hdp.attention.schedules import get_pair, get_schedule, lay_out
 
 LENGTH = 32768
 
@@ -122,6 +123,23 @@ def test_the_ring_goes_backward_only_after_itself() -> None:
     chosen = choose(case(size=3, communication=1, element=4, allowed=allowed))
     assert predict("token_ring", case(size=3, element=4), backward=False).seconds < chosen.forward.seconds
     assert chosen.names == ("ring", "ring")
+
+
+@pytest.mark.parametrize("name", ["ring", "ring_q", "token_ring", "ulysses:3", "ulysses_home:2", "hybrid:2", "direct"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_one_direction_may_be_fixed(direction: str, name: str) -> None:
+    """The other is the cheapest that goes with it; a backward that starts from what its own forward keeps brings that along."""
+    for kind, heads, communication in itertools.product(("nic", "peer"), ((32, 32), (32, 4)), (0.25, 4)):
+        free = case(heads=heads, kind=kind, communication=communication)
+        fixed = replace(free, **{direction: name})
+        chosen = choose(fixed)
+        assert getattr(chosen, direction).name == name
+        for forward, backward in itertools.product(candidates(fixed, False), candidates(fixed, True)):
+            with contextlib.suppress(ValueError):  # pairs that do not go together
+                get_pair(forward, backward)
+                pair = predict(forward, free, backward=False), predict(backward, free, backward=True)
+                assert chosen.seconds <= 1.011 * sum(p.seconds for p in pair)
+        get_pair(*chosen.names)
 
 
 def test_memory_limits_are_kept_or_refused() -> None:

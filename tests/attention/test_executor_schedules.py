@@ -269,6 +269,21 @@ def test_auto_takes_what_the_choice_says_and_a_fixed_name_wins() -> None:
     assert route.schedules(whole, key_of(HEADS["mha"])) == ("local", "local")
 
 
+@pytest.mark.parametrize("schedule", ["auto/ring", "auto/ulysses", "ulysses/auto", "token_ring/auto", "auto/ring_q"])
+def test_half_of_a_pair_may_be_auto(schedule: str) -> None:
+    """Slow links, for which the free choice is Ulysses both ways: what is named stays, and the other goes with it."""
+    chooser = Chooser(links=Links(kind="nic", inner_rate=1e7, outer_rate=1e7), flops=1e11)
+    runtime = AttentionRuntime(0, VirtualNetwork().channel(0), CPU, chooser=chooser, schedule=schedule)
+    shared = RouteShard(sequence=0, length=4096, group=(0, 1, 2, 3))
+    route, key = Route(runtime, [shared]), key_of(HeadCount(query=8, key=8))
+    assert chooser.names(4096, shared.group, "zigzag", key.geometry(), Mask())[0].startswith("ulysses")
+    found = route.schedules(shared, key)
+    for name, wanted in zip(found, schedule.split("/"), strict=True):
+        assert name != "auto" and wanted in (name, "auto")
+    for backward in (False, True):
+        route.lowered(key, backward)
+
+
 def test_auto_without_a_chooser_is_refused() -> None:
     auto = RouteShard(sequence=7, length=64, group=(0, 1), schedule="auto", schedule_backward="auto")
     route = Route(AttentionRuntime(0, VirtualNetwork().channel(0), CPU), [auto])
