@@ -120,15 +120,22 @@ def _contiguous_chunks(name: str, length: int, size: int, sizes: list[int], owne
     return Layout(name=name, length=length, size=size, chunks=tuple(chunks), owners=owners)
 
 
-@lru_cache(maxsize=4096)
 def make_layout(name: str, length: int, size: int) -> Layout:
     """The layout called ``name`` of ``length`` tokens over ``size`` members. Raises ValueError for an unknown name."""
     if length < 0 or size < 1:
         raise ValueError(f"cannot lay {length} tokens over {size} ranks: lengths are >= 0, groups >= 1")
     base, stripe = parse_layout(name)
-    if base == "striped":
-        return striped(length, size, stripe)
-    return {"zigzag": zigzag, "contiguous": contiguous}[base](length, size)
+    return _striped(length, size, stripe) if base == "striped" else _plain(base, length, size)
+
+
+@lru_cache(maxsize=4096)
+def _plain(name: str, length: int, size: int) -> Layout:
+    return {"zigzag": zigzag, "contiguous": contiguous}[name](length, size)
+
+
+@lru_cache(maxsize=8)  # few: a million tokens in stripes of 64 take two megabytes
+def _striped(length: int, size: int, stripe: int) -> Layout:
+    return striped(length, size, stripe)
 
 
 @lru_cache(maxsize=256)

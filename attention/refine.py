@@ -21,7 +21,6 @@ from hdp.attention.layout import Layout, Range, Ranges
 from hdp.attention.mask import Mask
 
 
-@lru_cache(maxsize=1024)
 def refine(layout: Layout, mask: Mask, parts: int = 1) -> Layout:
     """``layout`` with chunks cut where the window of ``mask`` begins or ends, and each into ``parts`` equal pieces first.
 
@@ -29,6 +28,11 @@ def refine(layout: Layout, mask: Mask, parts: int = 1) -> Layout:
     """
     if layout.size == 1 or any(len(ranges) != 1 for ranges in layout.chunks):
         return layout
+    return _refine(layout, mask, parts)
+
+
+@lru_cache(maxsize=1024)
+def _refine(layout: Layout, mask: Mask, parts: int) -> Layout:
     cuts = _window_edges(layout, mask)
     chunks: list[Ranges] = []
     owners: list[int] = []

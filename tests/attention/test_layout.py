@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.attention.layout import LAYOUTS, make_layout, striped
 from hdp.attention.mask import Mask
+from hdp.attention.schedules import lay_out
 
 
 @given(st.sampled_from(LAYOUTS), st.integers(0, 3000), st.integers(1, 70))
@@ -76,3 +80,15 @@ def test_unknown_and_impossible_layouts_are_refused() -> None:
     for name in ("striped:", "striped:0", "striped:-3", "striped:2.5", "striped:x"):
         with pytest.raises(ValueError, match=f"layout '{name}': a stripe holds at least 1 token"):
             make_layout(name, 8, 2)
+
+
+def test_few_striped_layouts_are_kept() -> None:
+    """Each holds a range for every stripe: megabytes for a long document, and every document has a length of its own."""
+    seen = weakref.WeakSet()
+    for length in range(10_000, 10_200):
+        layout = make_layout("striped:8", length, 4)
+        assert make_layout("striped:8", length, 4) is layout  # members ask one after the other
+        seen.add(lay_out(layout, Mask(window=5), "ring"))
+    del layout
+    gc.collect()
+    assert len(seen) <= 10
