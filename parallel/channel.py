@@ -45,13 +45,15 @@ class Ticket:
 class TorchChannel:
     """Sends and receives over ``lanes``; see ``hdp.attention.channel.Channel``.
 
-    ``waited`` collects (start, stop) in seconds of ``time.perf_counter`` of every wait, for the timeline;
     ``sent_bytes`` and ``messages`` count what left this rank.
     """
 
     def __init__(self, rank: int, lanes: Sequence[dist.ProcessGroup], device: torch.device = CPU) -> None:
         self.rank, self.lanes = rank, tuple(lanes)
         self.waited: list[tuple[float, float]] = []
+        """(start, stop) of every wait, seconds of ``time.perf_counter``, for the timeline."""
+        self.notes_waits = False
+        """Whether ``waited`` is added to. Whoever sets it empties the list: an engine, before every step."""
         self.sent_bytes = 0
         self.messages = 0
         self.where = "outside a step"
@@ -143,7 +145,7 @@ class TorchChannel:
                 ticket.arrived.wait()
             finally:
                 self.is_waiting = False
-            self.waited.append((start, time.perf_counter()))
+            self._note_wait(start)
             if ticket.failure is not None:
                 packet, error = ticket.failure
                 raise self._error("receiving", packet, error) from error
@@ -170,7 +172,11 @@ class TorchChannel:
                     raise self._error(verb, packet, error) from error
         finally:
             self.is_waiting = False
-        self.waited.append((start, time.perf_counter()))
+        self._note_wait(start)
+
+    def _note_wait(self, start: float) -> None:
+        if self.notes_waits:
+            self.waited.append((start, time.perf_counter()))
 
     def _error(self, verb: str, packet: Packet, error: Exception) -> PeerError:
         direction = "to" if verb == "sending" else "from"

@@ -58,6 +58,7 @@ class Engine:
             nodes = world.runtime.ranks_per_node
             world.assumptions = assume(model, world.device, world.world_size, compute_dtype(model), nodes)
         set_chooser(world)
+        world.channel.notes_waits = True
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
 
@@ -227,6 +228,7 @@ class Engine:
 
     def _evaluate_batch(self, batch: PlannedBatch) -> float:
         cache: dict[int, Fields] = {}
+        self.waits.clear()
         self._begin()
         total = 0.0
         for work in works(batch.plan, self.world.rank, Arrangement(closing=False)):
