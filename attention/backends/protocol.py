@@ -35,6 +35,8 @@ class Backend(ABC):
     """Whether several rectangles can be one call (``cuts``)."""
     softcaps = False
     """Whether it knows a soft-cap."""
+    any_scale = False
+    """Whether the factor on scores may be 0 or negative: fused kernels hide scores, and find the largest, before they scale."""
     widens = False
     """Whether it takes bf16 and fp16 inputs widened to fp32 where its result is merged with others: a partial is then not
     rounded before it is added, however much larger than the sum it may be."""
@@ -70,6 +72,11 @@ class Backend(ABC):
             raise ValueError(
                 f"attention backend {self.name!r} has no logit soft-cap (this layer asks for {scoring.softcap}):"
                 " choose backend='flash_attn' on a GPU, or 'reference'"
+            )
+        if scoring.scale <= 0 and not self.any_scale:
+            raise ValueError(
+                f"attention backend {self.name!r} scales scores by a positive number, not by {scoring.scale}: give another"
+                " scale (with its sign in q), or choose backend='reference'"
             )
 
 

@@ -19,6 +19,7 @@ class ReferenceBackend(Backend):
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     packs = True
     softcaps = True
+    any_scale = True
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, scoring: Scoring, cuts: Cuts | None = None

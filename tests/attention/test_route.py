@@ -62,6 +62,8 @@ def attend(heads: int = 4, key_heads: int = 2, dim: int = 8, **options) -> torch
         ({"window": True}, "window is True"),
         ({"softcap": -30.0}, r"softcap is -30\.0"),
         ({"scale": float("nan")}, "scale is nan"),
+        ({"scale": 0.0}, r"'cpu' scales scores by a positive number, not by 0\.0"),
+        ({"scale": -0.5}, r"not by -0\.5: give another scale .*or choose backend='reference'"),
         ({"heads": 0}, "0 query heads over 2 key/value heads"),
         ({"key_heads": 0}, "4 query heads over 0 key/value heads"),
         ({"dim": 0}, "of dimension 0"),
