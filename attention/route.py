@@ -225,26 +225,33 @@ class Route:
 
     def lowered(self, key: LayerKey, backward: bool) -> Lowered:
         """The program as data, before it is bound to tensors."""
-        tasks, row = [], 0
+        tasks: list[Task] = []
+        row = 0
         for shard in self.shards:
-            names, member = self.schedules(shard, key), shard.group.index(self.runtime.rank)
-            layout = lay_out(self._layout(shard), key.mask, names[backward])
-            pair = get_pair(*names)
-            make = pair.backward if backward else pair.forward
-            tasks.append(
-                Task(
-                    sequence=shard.sequence,
-                    layout=layout,
-                    group=shard.group,
-                    member=member,
-                    row=row,
-                    program=make(layout, key.mask, key.heads, member),
-                    mask=key.mask,
-                )
-            )
-            row += layout.shard_tokens(member)
+            tasks.append(self._task(shard, key, backward, row))
+            row += tasks[-1].layout.shard_tokens(tasks[-1].member)
         runtime = self.runtime
         return lower(tasks, key.geometry(runtime.wire_dtype_for(key.dtype)), backward, runtime.ranks_per_node)
+
+    def _task(self, shard: RouteShard, key: LayerKey, backward: bool, row: int) -> Task:
+        names, member = self.schedules(shard, key), shard.group.index(self.runtime.rank)
+        try:
+            layout = lay_out(self._layout(shard), key.mask, names[backward])
+            pair = get_pair(*names)
+            program = (pair.backward if backward else pair.forward)(layout, key.mask, key.heads, member)
+        except ValueError as error:
+            raise ValueError(
+                f"sequence {shard.sequence}, shared by ranks {shard.group}, schedule {names[backward]!r}: {error}"
+            ) from error
+        return Task(
+            sequence=shard.sequence,
+            layout=layout,
+            group=shard.group,
+            member=member,
+            row=row,
+            program=program,
+            mask=key.mask,
+        )
 
     def schedules(self, shard: RouteShard, key: LayerKey) -> tuple[str, str]:
         """Forward and backward schedule of one sequence, ``"auto"`` resolved. Raises ValueError if it cannot be."""

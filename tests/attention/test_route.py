@@ -48,6 +48,14 @@ def test_backward_follows_forward_unless_it_is_named(schedule):
     assert other.schedules(other.shards[0], KEY) == (schedule, "ring_q")
 
 
+@pytest.mark.parametrize("schedule", ["hybrid:2", "double_ring:2", "local"])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_schedule_that_cannot_serve_a_group_is_named_with_its_sequence(schedule, backward):
+    route = Route(runtime(), [shard(5, group=(0, 1, 2), schedule=schedule)])
+    with pytest.raises(ValueError, match=rf"sequence 5, shared by ranks \(0, 1, 2\), schedule '{schedule}': .*3"):
+        route.program(KEY, backward)
+
+
 def attend(heads: int = 4, key_heads: int = 2, dim: int = 8, **options) -> torch.Tensor:
     q, k, v = (torch.ones(10, n, dim) for n in (heads, key_heads, key_heads))
     return hdp.attend(q, k, v, **{"route": Route(runtime(), [shard(group=(0,))]), **options})
