@@ -60,6 +60,8 @@ class Fields:
 
 
 REDUCTIONS = ("token", "sample")
+DUMMY_TOKENS = 2
+"""What a rank without work runs: torch.compile takes sizes 0 and 1 for constants, and would make a graph for them alone."""
 
 
 def read_document(documents: Documents, index: int, reduction: str = "token") -> Fields:
@@ -130,7 +132,8 @@ def build_inputs(
     device: torch.device,
     cache: dict[int, Fields],
 ) -> MicroBatchInputs:
-    """Cuts this rank's part out of its documents. ``None``, or a share of no tokens, becomes one token without a label.
+    """Cuts this rank's part out of its documents. ``None``, or a share of no tokens, becomes two tokens without labels
+    (``DUMMY_TOKENS``).
 
     ``cache`` keeps documents of the batch that were read already.
     """
@@ -162,9 +165,9 @@ def build_inputs(
             )
         )
     if not parts:  # models fail on zero tokens
-        zero = torch.zeros(1, dtype=torch.int64)
-        parts.append((zero, zero, torch.full_like(zero, IGNORE_INDEX), None))
-        routes.append(RouteShard(sequence=len(batch.indices), length=1, group=(runtime.rank,)))
+        zeros, positions = torch.zeros(DUMMY_TOKENS, dtype=torch.int64), torch.arange(DUMMY_TOKENS)
+        parts.append((zeros, positions, torch.full_like(zeros, IGNORE_INDEX), None))
+        routes.append(RouteShard(sequence=len(batch.indices), length=DUMMY_TOKENS, group=(runtime.rank,)))
     has_weights = any(p[3] is not None for p in parts)
     token_weights = [torch.ones(len(p[0])) if p[3] is None else p[3] for p in parts] if has_weights else []
     return MicroBatchInputs(

@@ -76,7 +76,7 @@ def test_no_graph_break_and_no_recompilation_for_a_new_batch(dynamic: bool | Non
 def test_micro_batches_of_any_length_compile_nothing_new(dynamic: bool | None, sizes: int) -> None:
     """One graph for every number of tokens (two if dynamo has to find out that they vary), and one for a single token.
 
-    That one, which a rank without work runs, is dynamo's: it always takes sizes 0 and 1 for constants.
+    That one is dynamo's: it always takes sizes 0 and 1 for constants. A rank without work runs two tokens, therefore.
     """
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters

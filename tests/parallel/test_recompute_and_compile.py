@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+import torch._dynamo
 from engines import full_gradients, make_engine, make_model, plan_batch
 from tiny import exact_gradient, gradient_errors, make_documents
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -90,3 +92,30 @@ def test_compiled_to_machine_code(ranks):
     _, exact = exact_gradient("gqa", make_documents([30, 100]))
     for gradients in ranks(2).run(inductor, limit=280.0):
         assert max(gradient_errors(gradients, exact).values()) <= 1e-5
+
+
+def graphs_of(world: hdp.World) -> tuple[int, int, bool]:
+    """Graphs after batches in which both ranks have work; after one in which one has; whether this one had none."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = make_model()
+    for layer in model.model.layers:
+        layer.compile(backend="eager", dynamic=True)
+    engine = make_engine(world, "fsdp-slot", model)
+    found = []
+    for lengths in ([30, 41], [17, 60], [25]):
+        batch = plan_batch(world, engine, make_documents(lengths), CAPACITY, planner="naive")
+        engine.forward_backward(batch)
+        found.append(counters["stats"]["unique_graphs"])
+    is_idle = any(work.micro_batch is None or not work.micro_batch.tokens for work in engine._works(batch.plan))
+    return found[1], found[2], is_idle
+
+
+@pytest.mark.timeout(200)
+def test_a_rank_without_work_compiles_nothing_for_it(ranks):
+    """Others would wait for it meanwhile: what it runs must not be of a size that is compiled apart, 0 or 1."""
+    found = ranks(2).run(graphs_of, limit=180.0)
+    assert any(is_idle for _, _, is_idle in found)
+    for before, after, _ in found:
+        assert before > 0 and after == before
