@@ -93,9 +93,10 @@ class VirtualNetwork:
         key = self._random.choice(ready)
         sender, sent, source = self._flying[key].popleft()
         receiver, awaited, target = self._awaited[key].popleft()
-        if (sent.sequence, sent.what, source.shape, source.dtype) != (
+        if (sent.sequence, sent.what, sent.terms, source.shape, source.dtype) != (
             awaited.sequence,
             awaited.what,
+            awaited.terms,
             target.shape,
             target.dtype,
         ):

@@ -9,6 +9,7 @@ place. It is made once per micro-batch and layer geometry, in time linear in the
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -66,7 +67,7 @@ class _Lowering:
         self.keeps = [Kept(task.program, task.layout, geometry) for task in tasks]
         self.mail = MessageLowering(self.places, backward)
         self.parties = [
-            Party(i, t.sequence, t.member, t.layout, t.group, kept)
+            Party(i, t.sequence, t.member, t.layout, t.group, kept, _terms(t, geometry))
             for i, (t, kept) in enumerate(zip(tasks, self.keeps, strict=True))
         ]
         self.kept_bytes = 0
@@ -269,6 +270,11 @@ def _join_merges(merges: Iterable[Merge]) -> list[Merge]:
                 continue
         joined.append(merge)
     return joined
+
+
+def _terms(task: Task, geometry: Geometry) -> int:
+    layout = task.layout
+    return zlib.crc32(repr((layout.name, layout.length, task.group, task.mask, geometry)).encode())
 
 
 def _spans_nodes(task: Task, ranks_per_node: int | None) -> bool:

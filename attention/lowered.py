@@ -146,6 +146,8 @@ class Packet:
     lane: int
     sequence: int
     what: str
+    terms: int = 0
+    """Checksum of what both ends must mean alike: the sequence's layout, group and mask, the chunks and heads in it."""
     late: bool = False
     """Receive: a partial for this rank's own tokens, which no step waits for. See [Note: late]."""
     pack: tuple[Copy, ...] = ()

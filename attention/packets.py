@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -27,13 +28,23 @@ class Party:
     group: tuple[int, ...]
     """Ranks of the world, by member."""
     kept: Kept
+    terms: int
+    """Checksum of what all sharers must say of the sequence alike: its layout, group, mask, heads."""
 
     def rows(self, transfer: Transfer) -> int:
         return sum(map(self.layout.tokens, transfer.chunks))
 
     def packet(self, transfer: Transfer, ref: Ref, name: str, pack: tuple[Copy, ...] = ()) -> Packet:
-        peer = self.group[transfer.peer]
-        return Packet(ref=ref, peer=peer, lane=transfer.lane, sequence=self.sequence, what=name, pack=pack)
+        content = f"{transfer.kind.value} {transfer.chunks} {transfer.heads}"
+        return Packet(
+            ref=ref,
+            peer=self.group[transfer.peer],
+            lane=transfer.lane,
+            sequence=self.sequence,
+            what=name,
+            terms=zlib.crc32(content.encode(), self.terms),
+            pack=pack,
+        )
 
 
 class MessageLowering:

@@ -221,10 +221,10 @@ def _await(ticket: Ticket) -> None:
 def _tag(packet: Packet, tensor: Tensor, tag: int) -> int:
     """Tells messages of one round apart by what they carry.
 
-    Ranks whose routes differ (other sequences, schedules, sizes) then wait for each other until the timeout, whose error names
-    the sequence, and do not take one thing for another.
+    Ranks whose routes differ (other sequences, groups, layouts, schedules, sizes) then wait for each other until the timeout,
+    whose error names the sequence, and do not take one thing for another.
     """
-    content = f"{packet.sequence} {packet.what} {tensor.numel()} {tensor.dtype}"
+    content = f"{packet.sequence} {packet.what} {packet.terms} {tensor.numel()} {tensor.dtype}"
     return zlib.crc32(content.encode(), tag) & 0x7FFFFFFF
 
 

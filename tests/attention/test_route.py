@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from harness import Ranks
 
 import hdp
 from hdp.attention.channel import VirtualNetwork
-from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
 from hdp.attention.route import AttentionRuntime, LayerKey, Route, RouteShard
@@ -84,26 +86,53 @@ def test_attend_refuses(options, message):
     assert attend(window=1).shape == (10, 4, 8)
 
 
-def disagree(world: hdp.World, other: dict) -> str:
+def documented(world: hdp.World) -> float:
+    """Runs what docs/attention.md shows; the error of this rank's rows."""
+    text = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text.partition("## In a model of your own")[2], flags=re.DOTALL)
+    draw = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(5000, n, 8, generator=draw) for n in (4, 2, 2))
+    names = {"torch": torch, "hdp": hdp, "world": world, "q_all": q, "k_all": k, "v_all": v}
+    exec(code, names)
+    whole = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+    dense = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
+    mine = torch.cat([dense[a:b] for a, b in names["rows"]])
+    return float((names["out"] - mine).norm() / mine.norm())
+
+
+def test_the_documented_way_for_a_model_of_ones_own(ranks):
+    assert max(ranks(2).run(documented)) <= 1e-5
+
+
+def disagree(world: hdp.World, schedule: str, other: dict) -> str:
     """Both ranks share a sequence of 16 tokens; rank 1 describes it in another way."""
-    length, sequence, schedule = 16, 3, "ring"
-    if world.rank == 1:
-        length, sequence, schedule = (
-            other.get(k, v) for k, v in (("length", 16), ("sequence", 3), ("schedule", "ring"))
-        )
-    route = Route(world.runtime, [shard(sequence, length, schedule=schedule)])
-    tokens = make_layout("zigzag", length, 2).shard_tokens(world.rank)
+    said = {"sequence": 3, "length": 16, "schedule": schedule, **(other if world.rank == 1 else {})}
+    causal = said.pop("causal", True)
+    route = Route(world.runtime, [shard(**said)])
     try:
-        hdp.attend(*(torch.randn(tokens, n, 8) for n in (4, 2, 2)), route=route)
+        hdp.attend(*(torch.randn(route.tokens, n, 8) for n in (4, 2, 2)), route=route, causal=causal)
     except hdp.PeerError as error:
         return str(error)
     return "computed"
 
 
-@pytest.mark.parametrize("other", [{"sequence": 4}, {"length": 17}, {"length": 18}, {"schedule": "ulysses"}], ids=str)
-def test_ranks_that_describe_a_sequence_in_two_ways_end_in_an_error(other):
+@pytest.mark.parametrize(
+    ("schedule", "other"),
+    [
+        ("ring", {"sequence": 4}),
+        ("ring", {"length": 17}),
+        ("ring", {"length": 18}),
+        ("ring", {"schedule": "ulysses"}),
+        # Ulysses sends as much whatever these are.
+        ("ulysses", {"layout": "contiguous"}),
+        ("ulysses", {"group": (1, 0)}),
+        ("ulysses", {"causal": False}),
+    ],
+    ids=str,
+)
+def test_ranks_that_describe_a_sequence_in_two_ways_end_in_an_error(schedule, other):
     """Whatever each sends, the other takes it for nothing else."""
     with Ranks(2, timeout=4.0) as two:
-        for outcome in two.outcomes(disagree, other):
+        for outcome in two.outcomes(disagree, schedule, other):
             text = outcome.value or outcome.error
             assert f"rank {outcome.rank}, " in text and ("sequence 3" in text or "sequence 4" in text), outcome

@@ -59,6 +59,7 @@ def test_what_is_not_the_same_has_another_tag():
         _tag(mine, torch.empty(6), 7),
         _tag(replace(mine, sequence=6), torch.empty(6), 7),
         _tag(replace(mine, what="v"), torch.empty(6), 7),
+        _tag(replace(mine, terms=1), torch.empty(6), 7),
         _tag(mine, torch.empty(5), 7),
         _tag(mine, torch.empty(6, dtype=torch.int32), 7),
         _tag(mine, torch.empty(6), 8),
