@@ -88,3 +88,12 @@ def test_every_public_name_exists_and_says_what_it_is():
     assert set(hdp.__all__) <= set(dir(hdp))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         hdp.nothing  # noqa: B018
+
+
+def test_what_attend_takes_is_public_beside_it():
+    """``hdp.attend(route=...)`` needs a route, and a route shards."""
+    import hdp
+    import hdp.attention
+
+    for name in ("Route", "RouteShard", "attend"):
+        assert name in hdp.__all__ and getattr(hdp, name) is getattr(hdp.attention, name)
