@@ -8,8 +8,10 @@ at offsets that both directions compute from the program's list of kept values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from itertools import pairwise
+import sys
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 from hdp.attention.lowered import Geometry, Width
 from hdp.attention.program import Heads
@@ -17,7 +19,7 @@ from hdp.attention.program import Heads
 ALIGNMENT = 64  # bytes
 
 
-@dataclass
+@dataclass(slots=True)
 class Draft:
     """A buffer whose place in the arena is not decided yet."""
 
@@ -58,39 +60,52 @@ def pack_arena(drafts: list[Draft], geometry: Geometry) -> tuple[list[int], int]
     offsets = [0] * len(drafts)
     peak = 0
     live: list[tuple[int, int, int]] = []  # offset, end, died
-    for i in sorted(range(len(drafts)), key=lambda i: drafts[i].born):
-        draft, size = drafts[i], drafts[i].bytes(geometry)
+    roots = [i for i, draft in enumerate(drafts) if draft.root < 0 and not draft.kept]
+    for born, group in groupby(sorted(roots, key=lambda i: drafts[i].born), key=lambda i: drafts[i].born):
+        live = sorted(slot for slot in live if slot[2] >= born)
+        holes = _holes(live)
+        for i in group:
+            size = drafts[i].bytes(geometry)
+            if size == 0:
+                continue
+            at = next(h for h, (start, stop) in enumerate(holes) if stop - start >= size)
+            start, stop = holes[at]
+            holes[at : at + 1] = [(start + size, stop)] if stop - start > size else []
+            offsets[i] = start
+            live.append((start, start + size, drafts[i].died))
+            peak = max(peak, start + size)
+    for i, draft in enumerate(drafts):
         if draft.kept:
             offsets[i] = draft.kept_offset
-        if draft.kept or draft.root >= 0:
-            continue
-        live = sorted(slot for slot in live if slot[2] >= draft.born)
-        position = 0
-        for start, end, _ in live:
-            if start - position >= size:
-                break
-            position = max(position, end)
-        offsets[i] = position
-        live.append((position, position + size, draft.died))
-        peak = max(peak, position + size)
-    for i, draft in enumerate(drafts):
-        if draft.root >= 0 and not draft.kept:
+        elif draft.root >= 0:
             offsets[i] = offsets[draft.root] + draft.root_offset
     return offsets, peak
 
 
-@dataclass
+def _holes(live: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """Free bytes between slots in ascending order, and behind them without end."""
+    holes, position = [], 0
+    for start, stop, _ in live:
+        if start > position:
+            holes.append((position, start))
+        position = max(position, stop)
+    return [*holes, (position, sys.maxsize)]
+
+
 class Filled:
     """Which rows and heads of an accumulator hold something already."""
 
-    areas: list[tuple[int, int, Heads]] = field(default_factory=list)
-    """(first row, last row + 1, heads), disjoint, ascending by row for calls that walk a sequence in order."""
+    def __init__(self) -> None:
+        self._areas: dict[Heads, tuple[list[int], list[int]]] = {}
+        """By heads the first rows and the rows behind the last of intervals that do not touch, ascending."""
 
     def missing(self, start: int, stop: int, heads: Heads) -> list[tuple[int, int, Heads]]:
         """Parts (first row, last row + 1, heads) of the rectangle that hold nothing yet."""
-        overlapping = [
-            f for f in self.areas if f[0] < stop and start < f[1] and f[2][0] < heads[1] and heads[0] < f[2][1]
-        ]
+        overlapping = []
+        for some, (starts, stops) in self._areas.items():
+            if some[0] < heads[1] and heads[0] < some[1]:
+                first, last = bisect_right(stops, start), bisect_left(starts, stop)
+                overlapping += [(starts[i], stops[i], some) for i in range(first, last)]
         if not overlapping:
             return [(start, stop, heads)] if start < stop else []
         cuts = sorted({*heads, *(c for f in overlapping for c in f[2] if heads[0] < c < heads[1])})
@@ -101,13 +116,14 @@ class Filled:
         ]
 
     def add(self, start: int, stop: int, heads: Heads) -> None:
-        """Marks a rectangle; joined to the last one where they touch, so that a walk down a sequence stays short."""
-        if self.areas:
-            last = self.areas[-1]
-            if last[1] == start and last[2] == heads:
-                self.areas[-1] = (last[0], stop, heads)
-                return
-        self.areas.append((start, stop, heads))
+        """Marks a rectangle, joined to those of the same heads that it meets."""
+        if start == stop:
+            return
+        starts, stops = self._areas.setdefault(heads, ([], []))
+        first, last = bisect_left(stops, start), bisect_right(starts, stop)
+        if first < last:
+            start, stop = min(start, starts[first]), max(stop, stops[last - 1])
+        starts[first:last], stops[first:last] = [start], [stop]
 
 
 def _gaps(start: int, stop: int, intervals: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -82,7 +82,7 @@ def wire_width(kind: Kind, component: Component, final: bool, geometry: Geometry
     return "model" if final and component.has_dim else component.width
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Ref:
     """Rows and heads of a numbered tensor ([rows, heads, head_dim] or [rows, heads])."""
 
@@ -93,7 +93,7 @@ class Ref:
     """None: all heads of the tensor."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Buffer:
     """A tensor in the arena, or in the tensor that forward keeps for backward."""
 
@@ -117,7 +117,7 @@ order on every run; its buffer lives so long. Only sums that have been written b
 Copy = tuple[Ref, Ref]  # (source, target): a copy, with a cast where their dtypes differ
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Call:
     """One kernel call: a rectangle of one tile, or several that lie one after the other (``cuts``)."""
 
@@ -136,7 +136,7 @@ class Call:
     """Where each rectangle begins and the last ends, in rows and in keys; None: one rectangle (``hdp.attention.fuse``)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Packet:
     """One message: one component, or several that lie one after the other (``hdp.attention.messages``)."""
 
@@ -154,7 +154,7 @@ class Packet:
     """Send: pieces to be copied into ``ref`` first (chunks that do not lie together, some of the heads, a cast)."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Merge:
     """A received accumulator joins what is already here, or (``first``) is copied to where it is needed."""
 

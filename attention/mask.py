@@ -100,7 +100,7 @@ def _pairs_behind(queries: Range, keys: Range, distance: int) -> int:
     return up_to(queries[1] - distance - keys[0]) - up_to(queries[0] - distance - keys[0])
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Rectangle:
     """Rows [row_start, row_stop) of the packed queries times rows [key_start, key_stop) of the packed keys."""
 
@@ -116,7 +116,7 @@ class Rectangle:
         return rows * keys if self.shape is Shape.FULL else rows * (rows + 1) // 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Run:
     """Token ranges packed one after the other, beginning at packed row ``row``."""
 

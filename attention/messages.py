@@ -19,7 +19,7 @@ from hdp.attention.lowered import COMPONENTS, Geometry, wire_width
 from hdp.attention.program import HeadCount, Heads, Kind, Transfer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Message:
     """Transfers that go the same way in one step."""
 

@@ -16,7 +16,7 @@ from hdp.attention.messages import arrange, goes_joined
 from hdp.attention.program import Heads, Kind
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Some heads of one value: one tensor per component, the same rows and heads in each."""
 

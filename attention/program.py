@@ -79,7 +79,7 @@ class HeadCount:
         return queries[0] // self.group, -(-queries[1] // self.group)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Transfer:
     """One message: the values of some chunks, packed one after the other."""
 
@@ -95,7 +95,7 @@ class Transfer:
     """An accumulator that is complete travels in the model's dtype; partials travel in fp32."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Tile:
     """All pairs that the mask allows between the tokens of some chunks, for some query heads."""
 
@@ -105,7 +105,7 @@ class Tile:
     """Query heads."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Value:
     """Inputs that stay at a member from forward to backward, apart from its own: one whole message that it received."""
 
