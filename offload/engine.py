@@ -64,6 +64,7 @@ class OffloadEngine(ActivationStore):
         """Last measured layer of micro-batches of so many tokens."""
         self.decision: Decision | None = None
         """What ``auto`` chose last, and what it is predicted to take."""
+        self._closed = False
 
     def micro_batch(
         self,
@@ -100,6 +101,10 @@ class OffloadEngine(ActivationStore):
             keep_first, keep_last: layers at each end that keep everything.
             keep_ops: operator overloads whose outputs recomputation keeps, attention's above all.
         """
+        if self._closed:
+            raise OffloadError(
+                "this engine of saved activations is closed: make a new one, or close it after the last step"
+            )
         found = find_layers(model, layers)
         solves = policy == "auto" or (policy == "memo" and memo_fraction is None)
         if solves and (tokens is None or self.bandwidth is None):
@@ -189,11 +194,12 @@ class OffloadEngine(ActivationStore):
         self.chain.trim()
 
     def close(self) -> None:
-        """Ends the streams and gives everything back. Raises if activations are still out."""
-        self.finish(failed=False)
-        out = {name: used for name, used in self.chain.bytes_by_tier().items() if used}
-        self._copies.close()
-        self.chain.close()
+        """Ends the streams and gives everything back. Raises if a copy has failed, or activations are still out."""
+        try:
+            self.finish(failed=False)
+        finally:
+            out = {name: used for name, used in self.chain.bytes_by_tier().items() if used}
+            self._end()
         if out:
             raise OffloadError(
                 f"closed with activations still out ({out} bytes): finish backward or drop the loss first"
@@ -207,5 +213,9 @@ class OffloadEngine(ActivationStore):
             self.close()
             return
         self.finish(failed=True)
+        self._end()
+
+    def _end(self) -> None:
+        self._closed = True
         self._copies.close()
         self.chain.close()

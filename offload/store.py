@@ -285,7 +285,7 @@ class ActivationStore:
             self._returned.trim()
             self.parameters.forget_dead()
             first, self._error = self._error, None
-            self._epoch += failed
+            self._epoch += failed or first is not None  # told once: what it took with it reports nothing more
         if first is not None and not failed:
             raise _as_offload_error(first) from first
 

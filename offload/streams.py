@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
+from hdp.offload.errors import OffloadError
+
 Job = Callable[[], None]
 
 
@@ -114,6 +116,7 @@ class ThreadStream:
         self._cuda = cuda
         self._queue: queue.SimpleQueue[tuple[Job, Sequence[Done], ThreadDone] | None] = queue.SimpleQueue()
         self._delay = delay
+        self._closed = False
         self._threads = [
             threading.Thread(target=self._work, name=f"hdp-offload-{name}-{i}", daemon=True) for i in range(workers)
         ]
@@ -121,6 +124,8 @@ class ThreadStream:
             thread.start()
 
     def run(self, job: Job, after: Sequence[Done] = ()) -> ThreadDone:
+        if self._closed:  # nobody would ever run it, and whoever waits for it would hang
+            raise OffloadError("these copies were ended: close the engine of saved activations after the last backward")
         done = ThreadDone()
         self._queue.put((job, tuple(after), done))
         return done
@@ -152,6 +157,7 @@ class ThreadStream:
         stream.synchronize()
 
     def close(self) -> None:
+        self._closed = True
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:

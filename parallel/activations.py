@@ -111,8 +111,8 @@ class Activations:
     def __enter__(self) -> Activations:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.store.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self.store.__exit__(kind, *error)
 
     def _check_kept(self, micro_batch: MicroBatch | None) -> None:
         """Raises ValueError where layers that keep everything need more room than the plan counts on.

@@ -270,6 +270,48 @@ def test_errors_of_a_copy_surface_once_and_clearly(tmp_path, fault):
         assert engine.meter.device == 0 and tier.used == 0
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_error_that_is_told_at_the_end_is_told_once(tmp_path, backward):
+    """Of a forward whose last copy fails when nothing is left to notice it: what is in memory still serves backward."""
+    model, ids = make_zoo(), token_ids(TOKENS)
+    tier = Faulty(tmp_path)
+    with OffloadEngine([tier], min_bytes=512) as engine:
+        tier.fault, tier.good = "write full", 1 << 30
+        with engine.micro_batch(model, tokens=TOKENS):
+            model(ids).backward()
+        tier.good = (1 << 30) - tier.good - 1  # all writes but the last
+        with pytest.raises(OffloadError, match="No space left"), engine.micro_batch(model, tokens=TOKENS):
+            loss = model(ids)
+            engine._copies.host_out.run(lambda: None).wait()
+        tier.fault = ""
+        if backward:
+            loss.backward()
+        del loss
+        with engine.micro_batch(model, tokens=TOKENS):
+            model(ids).backward()
+    assert engine.meter.device == 0 and tier.used == 0
+
+
+def test_what_fails_at_the_end_is_closed_all_the_same(tmp_path):
+    model, ids, before = make_zoo(), token_ids(TOKENS), threading.active_count()
+    tier = Faulty(tmp_path, named=True)
+    engine = OffloadEngine([tier], min_bytes=512)
+    with engine.micro_batch(model, tokens=TOKENS):
+        loss = model(ids)
+    assert len(list(tmp_path.iterdir())) == 1 and threading.active_count() == before + 2
+    tier.fault, tier.good = "read error", 0
+    with pytest.raises(OffloadError, match="Input/output error"):
+        loss.backward()
+    engine._note(OSError(errno.EIO, "a copy out that failed meanwhile"), next(iter(engine._known.values())))
+    with pytest.raises(OffloadError, match="failed meanwhile"):
+        engine.close()
+    assert list(tmp_path.iterdir()) == [] and threading.active_count() == before
+    with pytest.raises(OffloadError, match="is closed: make a new one"):
+        engine.micro_batch(model)
+    with pytest.raises(OffloadError, match="copies were ended"):
+        engine._copies.host_out.run(lambda: None)
+
+
 def test_requests_that_are_cut_short_are_taken_up_again(tmp_path):
     class Halting(FileTier):
         def pwrite(self, data, offset):
