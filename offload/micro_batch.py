@@ -179,6 +179,7 @@ class MicroBatch:
             for record in self._visits.get(passed, ()):
                 if record.visit > visit:
                     self.engine.send_off(record)
+        self.engine.settle()  # what backward has passed makes room first
         for ahead in (visit, visit - 1):
             for record in reversed(self._visits.get(ahead, ())):
                 if record.state in (State.AWAY, State.LEAVING):

@@ -43,7 +43,7 @@ def device_bytes(layers: Sequence[LayerBytes], actions: Sequence[LayerAction]) -
         # Forward: n's own copy of the rest exists with before's. Backward: n has arrived and dropped its rest.
         backward = saved[n] + (layers[n].all if actions[n].recompute else 0) + before
         forward = now + before
-        peak = max(peak, below + backward, below + (forward if n + 1 < len(layers) or not moves[n] else backward))
+        peak = max(peak, below + max(backward, forward))
         if n:
             below += stays[n - 1] if moves[n - 1] else saved[n - 1]
     return peak

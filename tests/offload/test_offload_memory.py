@@ -58,6 +58,37 @@ def test_peak_is_what_the_model_says(model, ratio):
         assert away >= engine.meter.left
 
 
+class Plain(nn.Module):
+    """Layers that save five times their input, of which nothing else is held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 128), nn.Tanh(), nn.Linear(128, 32)) for _ in range(8))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x.sum()
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+@pytest.mark.parametrize("last", [0, 1, 2])
+@pytest.mark.parametrize("policy", ["offload", "recompute", "recompute two"])
+def test_peak_whatever_layers_are_kept(policy, first, last):
+    """What backward has passed is gone when the layer before the next is asked for."""
+    model, x = Plain(), torch.randn(1, 256, 32)
+    again = {"recompute_layers": 2} if policy == "recompute two" else {}
+    for ratio in (0.0, 0.25, 0.75, 1.0):
+        setting = {"policy": policy.split()[0], "ratio": ratio, "keep_first": first, "keep_last": last, **again}
+        with OffloadEngine([HostTier()], min_bytes=512, copies=shuffled_copies(Shuffle(0, 0.0))) as engine:
+            with engine.micro_batch(model, tokens=256, layers=list(model.layers), **setting):
+                model(x).backward()
+        actions = layer_actions(8, **setting)
+        # What a layer recomputes is checkpoint's, not the engine's.
+        sizes = [LayerBytes(all=(0 if action.recompute else 5) * x.nbytes, kept=x.nbytes) for action in actions]
+        assert engine.meter.peak_device == pytest.approx(device_bytes(sizes, actions), rel=0.1), setting
+
+
 @pytest.mark.parametrize("keep_ops", [frozenset(), frozenset({ATTENTION})])
 def test_peak_with_recomputation(model, keep_ops):
     kept, _ = saved_by_a_layer(model, policy="recompute", keep_ops=keep_ops)
