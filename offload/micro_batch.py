@@ -8,11 +8,14 @@ buffers, ByteScale 4.3).
 
 from __future__ import annotations
 
+import sys
 import time
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +32,16 @@ if TYPE_CHECKING:
 BEFORE = -1
 """Visit number of what is saved before the first layer call."""
 _KEEP = LayerAction()
+_T = TypeVar("_T")
+
+
+def _does(action: LayerAction) -> bool:
+    return action.recompute or action.ratio > 0.0
+
+
+def _untraced(function: Callable[..., _T]) -> Callable[..., _T]:
+    """Kept from torch's compiler, which traces what compiled layers call. (Unless it is imported nothing is compiled.)"""
+    return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function  # type: ignore[no-any-return]
 
 
 def in_backward() -> bool:
@@ -76,6 +89,7 @@ class MicroBatch:
         self._reached: int | None = None
         self._task = -1
         self._entered = 0.0
+        self._saved_outside = False
         self._exits = ExitStack()
 
     # ---------------------------------------------------------------- the context
@@ -83,17 +97,19 @@ class MicroBatch:
     def __enter__(self) -> MicroBatch:
         with ExitStack() as exits:
             self.engine.parameters.refresh(self._model)
+            pack, unpack = _untraced(self._pack), _untraced(self._unpack)
             for i, layer in enumerate(self._layers):
                 # Ours run last before and first after forward: inside FSDP's, which gathers the parameters first.
-                before = layer.register_forward_pre_hook(lambda *a, i=i: self._enter_layer(i, *a), with_kwargs=True)
-                after = layer.register_forward_hook(lambda *_, i=i: self._leave_layer(i), prepend=True)
+                enter, leave = _untraced(partial(self._enter_layer, i)), _untraced(partial(self._leave_layer, i))
+                before = layer.register_forward_pre_hook(enter, with_kwargs=True)
+                after = layer.register_forward_hook(leave, prepend=True)
                 exits.callback(before.remove)
                 exits.callback(after.remove)
                 if self._actions[i].recompute:
-                    exits.enter_context(recomputing(layer, self._pack, self._unpack, self._keep_ops))
+                    exits.enter_context(recomputing(layer, pack, unpack, self._keep_ops))
             gathered = self._model.register_forward_pre_hook(lambda module, _: self._refresh(module))
             exits.callback(gathered.remove)
-            exits.enter_context(saved_tensors_hooks(self._pack, self._unpack))
+            exits.enter_context(saved_tensors_hooks(pack, unpack))
             self._exits = exits.pop_all()
         return self
 
@@ -101,6 +117,12 @@ class MicroBatch:
         self._exits.close()
         self._visits.clear()
         self.engine.finish(failed=kind is not None)
+        if kind is None and self._saved_outside and not self.layer_seconds and any(map(_does, self._actions)):
+            warnings.warn(
+                f"none of the {len(self._layers)} layers was called while the model saved activations, so all of them stayed:"
+                " name the layers that forward calls, and compile them one by one, not the whole model",
+                stacklevel=2,
+            )
         if kind is None and self._timed:
             self._take_profile()
 
@@ -140,7 +162,7 @@ class MicroBatch:
         if self._timed and self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
 
-    def _leave_layer(self, index: int) -> None:
+    def _leave_layer(self, index: int, *_: object) -> None:
         if in_backward():
             return
         self._synchronize()
@@ -153,6 +175,7 @@ class MicroBatch:
 
     def _pack(self, tensor: Tensor) -> Handle:
         handle = self.engine.save(tensor, self, self._visit, self._action.ratio)
+        self._saved_outside |= self._visit == BEFORE
         if handle.record is not None:
             self._visits.setdefault(self._visit, []).append(handle.record)
             if handle.record.handles == 1:

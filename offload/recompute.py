@@ -69,10 +69,16 @@ class _Replay(TorchDispatchMode):
 def recomputing(layer: nn.Module, pack: Pack, unpack: Unpack, ops: frozenset[Any]) -> Iterator[None]:
     """While the context is open, ``layer.forward`` saves its inputs and the outputs of ``ops`` only.
 
-    The layer's hooks are not run again: FSDP's hooks stay outside of what is recomputed.
+    The layer's hooks are not run again: FSDP's hooks stay outside of what is recomputed. A compiled layer runs uncompiled.
     """
+    if hasattr(layer, "_orig_mod"):
+        raise ValueError(
+            "a layer that torch.compile has wrapped cannot run again: compile it in place, with layer.compile()"
+        )
     forward = layer.forward
     had_own = "forward" in vars(layer)
+    # Of compiled code no operator's output can be kept, and torch's compiler recomputes what it likes.
+    compiled, layer._compiled_call_impl = layer._compiled_call_impl, None
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         kept: dict[Any, list[Any]] = defaultdict(list)
@@ -97,6 +103,7 @@ def recomputing(layer: nn.Module, pack: Pack, unpack: Unpack, ops: frozenset[Any
     try:
         yield
     finally:
+        layer._compiled_call_impl = compiled
         if had_own:
             layer.forward = forward  # type: ignore[method-assign]
         else:

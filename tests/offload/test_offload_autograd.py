@@ -293,3 +293,48 @@ def test_layers_are_found_or_asked_for():
 def test_bad_settings_are_refused(setting, message):
     with OffloadEngine([HostTier()]) as engine, pytest.raises(ValueError, match=message):
         engine.micro_batch(make_zoo(3), **setting)
+
+
+@pytest.mark.parametrize("policy", ["offload", "recompute"])
+def test_compiled_layers(policy):
+    """Compiled in place they offload, and run again as others do: uncompiled, for of compiled code nothing can be kept."""
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(*(nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)) for _ in range(4))),
+        torch.randn(96, 32),
+    )
+    setting = {"policy": policy, "tokens": 96, "ratio": 0.5, "layers": list(model)}
+    for layer in model:
+        layer.compile(backend="aot_eager")
+    expected = gradients(model, lambda: model(x).sum())
+    saved = []
+    for run_again in (policy, "keep"):
+        with OffloadEngine([HostTier()], min_bytes=512) as engine:
+            batch = engine.micro_batch(model, **{**setting, "policy": run_again})
+            with batch:
+                assert same_bits(gradients(model, lambda: model(x).sum()), expected)
+            saved.append(batch.layer_bytes[1])
+    assert saved[0] == (saved[1] if policy == "offload" else x.nbytes) and saved[1] == 3 * x.nbytes
+    assert all(layer._compiled_call_impl is not None for layer in model)
+    assert same_bits(gradients(model, lambda: model(x).sum()), expected)
+    torch._dynamo.reset()
+
+
+def test_layers_that_the_engine_cannot_see():
+    torch.manual_seed(0)
+    layers = [nn.Linear(32, 32) for _ in range(4)]
+    model, x = nn.Sequential(*layers), torch.randn(96, 32)
+    whole = torch.compile(model, backend="aot_eager")
+    whole(x).sum().backward()
+    with OffloadEngine([HostTier()], min_bytes=512) as engine:
+        with pytest.warns(UserWarning, match="none of the 4 layers was called"):
+            with engine.micro_batch(model, tokens=96):
+                whole(x).sum().backward()
+        wrapped = nn.Sequential(*(torch.compile(layer, backend="aot_eager") for layer in layers))
+        with pytest.raises(ValueError, match=r"compile it in place, with layer\.compile\(\)"):
+            with engine.micro_batch(wrapped, policy="recompute"):
+                pass
+        with engine.micro_batch(model, tokens=96):
+            model(x).sum().backward()  # no hook is left behind
+        assert engine.meter.left > 0
+    torch._dynamo.reset()

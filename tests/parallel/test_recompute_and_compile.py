@@ -13,6 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 import hdp
+from hdp.offload import HostTier, OffloadEngine
 
 CAPACITY = 64
 LENGTHS = [10, 115, 40, 3, 73, 21]
@@ -76,6 +77,30 @@ def refused(world: hdp.World) -> str:
 
 def test_reentrant_checkpointing_under_ddp_is_refused(ranks):
     assert all('{"use_reentrant": False}' in text for text in ranks(2).run(refused))
+
+
+def spared(world: hdp.World, name: str) -> Any:
+    """Peaks of saved bytes, messages and gradients of compiled layers that keep everything and that run again."""
+    model, found = make_model(), []
+    compiled(model)
+    engine = make_engine(world, name, model)
+    batch = plan_batch(world, engine, make_documents(LENGTHS), CAPACITY, planner="naive")
+    for policy in ("offload", "recompute"):
+        with OffloadEngine([HostTier()], min_bytes=256) as store:
+            engine.activations = hdp.Activations(store=store, policy=policy, ratio=0.0, keep_first=0, keep_last=0)
+            engine.model.zero_grad()
+            before = world.channel.messages
+            engine.forward_backward(batch)
+            found.append((store.meter.peak_device, world.channel.messages - before, full_gradients(engine)))
+    return found
+
+
+@pytest.mark.parametrize("name", ["fsdp-step", "fsdp-slot", "ddp"])
+def test_compiled_layers_run_again_where_they_are_to(ranks, name):
+    _, exact = exact_gradient("gqa", make_documents(LENGTHS))
+    for (kept, messages, _), (saved, again, gradients) in ranks(2).run(spared, name):
+        assert saved < kept / 2 and again == messages > 0
+        assert max(gradient_errors(gradients, exact).values()) <= 1e-5
 
 
 def inductor(world: hdp.World) -> Any:
