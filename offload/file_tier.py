@@ -67,6 +67,7 @@ class FileTier(Tier):
         direct: bool = True,
         verify: bool = True,
         named: bool = False,
+        sharers: int = 1,
         device: torch.device | str = "cpu",
         name: str = "disk",
     ) -> None:
@@ -77,12 +78,16 @@ class FileTier(Tier):
             direct: bypass the page cache, which otherwise holds the activations in memory all the same.
             verify: compare a checksum of every chunk read with that of the chunk written.
             named: give the file a name even where the file system can do without (see :mod:`hdp.offload.scratch`).
+            sharers: processes that use the disk alike, this one included: ``room`` is this one's part of what is free.
             device: where the activations come from.
         """
+        if sharers < 1:
+            raise ValueError(f"sharers is {sharers}: give the number of processes that use the disk, at least 1")
         self.name = name
         self.budget = budget
         self.file = ScratchFile(folder, direct=direct, named=named)
         self._verify = verify
+        self._sharers = sharers
         self._sector = SECTOR if direct else 1
         self._cuda = torch.device(device).type == "cuda"
         self._lock = threading.Lock()
@@ -104,8 +109,8 @@ class FileTier(Tier):
 
     @property
     def room(self) -> int | None:
-        """What the budget leaves, and no more than the disk has free."""
-        free = self.file.free + self.file.allocated - self.used
+        """What the budget leaves, and no more than this process's part of what the disk has free."""
+        free = self.file.free // self._sharers + self.file.allocated - self.used
         return max(free if self.budget is None else min(free, self.budget - self.used), 0)
 
     @property

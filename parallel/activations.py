@@ -85,7 +85,7 @@ class Activations:
                 if world.device.type != "cpu" and host_bytes != 0:
                     tiers.append(HostTier(budget=host_bytes, device=world.device))
                 if folder is not None:
-                    tiers.append(FileTier(folder, device=world.device))
+                    tiers.append(FileTier(folder, device=world.device, sharers=_processes_per_node(world)))
                 if not tiers and not (ratio == 0.0 and policy in (PLANNED, "recompute", "keep")):
                     raise ValueError(
                         "activations have nowhere to go: give folder=, on a local disk, or ratio=0.0 to recompute alone"
@@ -182,7 +182,7 @@ def _measure(world: World, store: OffloadEngine, host_bytes: int | None) -> None
 
     found = store.measure(barrier=lambda: dist.barrier(group=world.control), slowest=slowest)
     if world.assumptions is not None:
-        share = _disk_share(world, store, world.assumptions.topology.ranks_per_node)
+        share = _disk_share(world, store)
         on_gpu = any(isinstance(tier, HostTier) for tier in store.chain.tiers)
         cost = replace(
             world.assumptions.cost,
@@ -194,10 +194,16 @@ def _measure(world: World, store: OffloadEngine, host_bytes: int | None) -> None
         world.assumptions = replace(world.assumptions, cost=cost)
 
 
-def _disk_share(world: World, store: OffloadEngine, ranks_per_node: int) -> int:
+def _processes_per_node(world: World) -> int:
+    """Processes that share a node's disk, where nodes are alike; else those of the whole job."""
+    names = world.mesh.mesh_dim_names or ()
+    return (world.runtime.ranks_per_node or world.world_size) * (world.mesh["tp"].size() if "tp" in names else 1)
+
+
+def _disk_share(world: World, store: OffloadEngine) -> int:
     """Bytes on disk that every rank may plan with: the smallest share of any, for plans must be equal."""
     room = sum(tier.room or 0 for tier in store.chain.tiers if isinstance(tier, FileTier))
     # A ninth may be lost to rounding (see Chain.room).
-    share = torch.tensor(max(room * 8 // 9 // ranks_per_node, 1), dtype=torch.int64)  # 0 would be no limit
+    share = torch.tensor(max(room * 8 // 9, 1), dtype=torch.int64)  # 0 would be no limit
     dist.all_reduce(share, dist.ReduceOp.MIN, group=world.control)
     return int(share)

@@ -128,3 +128,8 @@ def test_the_room_of_a_disk_is_what_it_has_free(tmp_path):
     bounded = FileTier(tmp_path, budget=10_000)
     assert bounded.room == 10_000
     bounded.close()
+    fourth = FileTier(tmp_path, sharers=4)
+    assert fourth.room == pytest.approx(free / 4, rel=0.01)
+    fourth.close()
+    with pytest.raises(ValueError, match="sharers is 0: give the number of processes"):
+        FileTier(tmp_path, sharers=0)

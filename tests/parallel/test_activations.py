@@ -88,6 +88,19 @@ def test_a_plan_that_offloads_needs_a_store(ranks):
     assert all("engine.activations = Activations" in text for text in ranks(2).run(planned, offload, (), False))
 
 
+def room(world: hdp.World, folder: str) -> tuple[int, int]:
+    """Bytes that this rank may move out, and those that the disk has free."""
+    with Activations.open(world, policy="auto", folder=folder) as activations:
+        (tier,) = activations.store.chain.tiers
+        assert isinstance(tier, FileTier)
+        return activations.store.chain.room or 0, tier.file.free
+
+
+def test_ranks_share_the_room_of_their_disk(ranks, tmp_path):
+    found = ranks(2).run(room, str(tmp_path))
+    assert sum(mine for mine, _ in found) < found[0][1]
+
+
 def opened(world: hdp.World, folder: str) -> tuple[float, str, list[float]]:
     """The measured bandwidth, the error without a folder, and losses of a longer document than the ranks hold."""
     world.assumptions = None  # of another test's model
