@@ -9,6 +9,9 @@ NPROC ?= 2
 # One thread a rank: ranks share the cores, and the same threads give the same bits.
 export OMP_NUM_THREADS ?= 1
 
+# Not shared with other environments, which would build the same ops anew, in turn.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
+
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 
 .PHONY: train test lint types format install recipe-smollm2 figures clean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 # Before torch is imported, here or in a rank: ranks share the cores, and a pool of threads does not survive a fork.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+# Of each environment its own, as the Makefile has it: two would build DeepSpeed's op anew in turn, each within a test's limit,
+# and a rank that is killed meanwhile leaves a lock for which all later ones wait.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix, "torch_extensions")))
 
 EXACTNESS = "exactness"
 
