@@ -62,6 +62,8 @@ class Fields:
 REDUCTIONS = ("token", "sample")
 DUMMY_TOKENS = 2
 """What a rank without work runs: torch.compile takes sizes 0 and 1 for constants, and would make a graph for them alone."""
+UNUSED_MASKS = ("completion_mask", "assistant_masks")
+"""Of rows that say in another way than by labels which tokens are learnt."""
 
 
 def read_document(documents: Documents, index: int, reduction: str = "token") -> Fields:
@@ -70,24 +72,26 @@ def read_document(documents: Documents, index: int, reduction: str = "token") ->
     With ``reduction="sample"`` the weights of its label tokens are scaled to add up to 1.
 
     Raises:
-        ValueError: token ids that are not one-dimensional integers, or labels of another length.
+        ValueError: token ids that are not one-dimensional integers, labels of another length, padding, positions that do not
+            count from 0, masks of what is learnt without labels.
     """
     document = documents[index]
     fields = document if isinstance(document, Mapping) else {"input_ids": document}
     if "input_ids" not in fields:
-        raise ValueError(f"document {index} has no 'input_ids' (it has {sorted(fields)})")
-    ids = torch.as_tensor(fields["input_ids"])
+        raise ValueError(f"document {index} has no 'input_ids' (it has {sorted(fields)}): tokenise it first")
+    ids = _tensor(fields["input_ids"], f"document {index}: token ids")
     if ids.dim() != 1 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"document {index}: token ids must be one row of integers, not {ids.dtype} {tuple(ids.shape)}")
     ids = ids.to(torch.int64)
-    labels = torch.as_tensor(fields.get("labels", ids))
+    _check_other_fields(fields, len(ids), index)
+    labels = _tensor(fields.get("labels", ids), f"document {index}: labels")
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(
             f"document {index}: labels must be integers ({IGNORE_INDEX} does not count), not {labels.dtype}"
         )
     labels = labels.to(torch.int64)
     weights = fields.get("loss_weights")
-    weights = None if weights is None else torch.as_tensor(weights, dtype=torch.float32)
+    weights = None if weights is None else _tensor(weights, f"document {index}: loss_weights").to(torch.float32)
     for name, tensor in (("labels", labels), ("loss_weights", weights)):
         if tensor is not None and tensor.shape != ids.shape:
             raise ValueError(f"document {index}: {name} has shape {tuple(tensor.shape)}, its tokens {tuple(ids.shape)}")
@@ -96,6 +100,40 @@ def read_document(documents: Documents, index: int, reduction: str = "token") ->
     if reduction == "sample":
         weights = _per_sample(labels, weights)
     return Fields(input_ids=ids, labels=labels, weights=weights)
+
+
+def _tensor(values: Any, what: str) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(values).__name__
+        raise ValueError(
+            f"{what} are of type {kind}, not numbers ({error}): give integers, or text to hdp.data.open_documents"
+        ) from error
+
+
+def _check_other_fields(fields: Mapping[str, Any], tokens: int, index: int) -> None:
+    """Fields that would change what is learnt, if they were not left out, are refused where they say something."""
+    mask = fields.get("attention_mask")
+    if mask is not None and not bool(_tensor(mask, f"document {index}: attention_mask").all()):
+        raise ValueError(
+            f"document {index}: its attention_mask has zeros, but a planned batch has no padding: cut the padding off, and give"
+            " labels of -100 where nothing is to be learnt"
+        )
+    positions = fields.get("position_ids")
+    if positions is not None:
+        given = _tensor(positions, f"document {index}: position_ids")
+        if not torch.equal(given.cpu(), torch.arange(tokens).to(given.dtype)):
+            raise ValueError(
+                f"document {index}: its position_ids are not 0 to {tokens - 1}: every document counts from 0 here; leave them"
+                " out, and give packed documents one by one"
+            )
+    for name in UNUSED_MASKS:
+        if fields.get(name) is not None and fields.get("labels") is None:
+            raise ValueError(
+                f"document {index} has {name!r} but no 'labels', so that every token would be trained on: give labels, -100"
+                " where the mask is 0"
+            )
 
 
 def _per_sample(labels: Tensor, weights: Tensor | None) -> Tensor:
@@ -123,6 +161,15 @@ class MicroBatchInputs:
     route: Route
     sequences: tuple[int, ...]
     """Sequences of the plan, for the timeline."""
+    documents: tuple[int, ...]
+    """Document of each sequence, for messages."""
+    counts: tuple[int, ...]
+    """Tokens of each sequence here."""
+
+    def document_with(self, tensor: Tensor, value: int) -> int:
+        """The document in which one of the token tensors first has ``value``."""
+        place = int((tensor == value).nonzero()[0])
+        return self.documents[int(np.searchsorted(np.cumsum(self.counts), place, side="right"))]
 
 
 def build_inputs(
@@ -177,4 +224,6 @@ def build_inputs(
         weights=torch.cat(token_weights).to(device) if token_weights else None,
         route=Route(runtime, routes, serial=(batch.step, slot)),
         sequences=tuple(shard.sequence for shard in shards),
+        documents=tuple(batch.indices[shard.sequence] for shard in shards),
+        counts=tuple(sum(stop - start for start, stop in shard.ranges) for shard in shards),
     )

@@ -8,7 +8,9 @@ in one small message.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -52,7 +54,7 @@ class Loader:
             otherwise are what the engine assumed from its model and device (``world.assumptions``).
 
     Raises:
-        ValueError: no documents, no positive token count or capacity.
+        ValueError: no documents, a stream of them, no positive token count or capacity, an unknown option.
         hdp.balance.PlanError: a batch that cannot be planned (a document longer than world x capacity, an unknown planner).
         PlanMismatch: ranks that see different documents or made different plans.
     """
@@ -72,8 +74,9 @@ class Loader:
         ahead: int = 2,
         **plan_options: Any,
     ) -> None:
-        if len(documents) == 0:
-            raise ValueError("no documents: the loader needs at least one")
+        check_sequence(documents)
+        capacity = whole_number("capacity", capacity)
+        tokens_per_step = whole_number("tokens_per_step", tokens_per_step)
         if capacity < 1:
             raise PlanError(f"capacity is {capacity}: a rank must hold at least one token of a micro-batch")
         if tokens_per_step < 1:
@@ -89,8 +92,10 @@ class Loader:
         if int(self.lengths.sum()) == 0:
             raise ValueError(f"all {len(documents)} documents are empty: there is nothing to train on")
         if isinstance(planner, str):
+            check_plan_options(plan_options)
             # An unknown planner, or a document that fits nowhere, ends here and not hours later.
-            self._make(self.lengths.max(keepdims=True), make_plan, planner=planner)
+            longest = int(self.lengths.argmax())
+            self._make((longest,), make_plan, planner=planner)
         # Ranks whose first batches agree could still part later, one waiting for a batch that the other never draws.
         run = hashlib.sha256(np.ascontiguousarray(self.lengths, dtype="<i8").tobytes())
         name = planner if isinstance(planner, str) else "a function"
@@ -179,16 +184,20 @@ class Loader:
             epoch += 1
 
     def _plan(self, indices: tuple[int, ...]) -> Plan:
-        lengths = self.lengths[list(indices)]
         if not isinstance(self.planner, str):
-            return self._make(lengths, self.planner)
-        plan = self._make(lengths, make_plan, planner=self.planner)
+            return self._make(indices, self.planner)
+        plan = self._make(indices, make_plan, planner=self.planner)
         self._note_price(indices, plan)
         return plan
 
-    def _make(self, lengths: np.ndarray, make: Planner, **planner: str) -> Plan:
+    def _make(self, indices: tuple[int, ...], make: Planner, **planner: str) -> Plan:
         options = self._options() if planner else self.plan_options
-        plan = make(lengths, world_size=self.world.world_size, capacity=self.capacity, **planner, **options)
+        lengths = self.lengths[list(indices)]
+        try:
+            plan = make(lengths, world_size=self.world.world_size, capacity=self.capacity, **planner, **options)
+        except PlanError as error:  # planners count sequences of the batch, users documents
+            text = re.sub(r"\bsequence (\d+)\b", lambda found: f"document {indices[int(found[1])]}", str(error))
+            raise type(error)(text) from error
         if not planner:  # the user's own
             plan.validate()
         return plan
@@ -324,7 +333,41 @@ def document_lengths(documents: Documents) -> np.ndarray:
     lengths = getattr(documents, "lengths", None)
     if lengths is None:
         lengths = [len(read_document(documents, i).input_ids) for i in range(len(documents))]
-    lengths = np.asarray(lengths, dtype=np.int64)
-    if lengths.shape != (len(documents),):
-        raise ValueError(f"{len(documents)} documents but {lengths.shape} lengths")
-    return lengths
+    array = np.asarray(lengths)
+    if array.shape != (len(documents),) or array.dtype.kind not in "iu":
+        raise ValueError(
+            f"lengths of the documents are {array.dtype} of shape {array.shape}: there are {len(documents)} documents, give one"
+            " whole number each"
+        )
+    if array.min() < 0:
+        raise ValueError(f"document {int(array.argmin())} has a length of {int(array.min())}: lengths are at least 0")
+    return array.astype(np.int64)
+
+
+def check_sequence(documents: Documents) -> None:
+    """Raises ValueError for what cannot be planned up front."""
+    if not hasattr(documents, "__len__") or not hasattr(documents, "__getitem__"):
+        raise ValueError(
+            f"documents are a {type(documents).__name__} without len() or [index]: plans need all lengths up front; give a list"
+            " or an indexed dataset, not a stream"
+        )
+    if len(documents) == 0:
+        raise ValueError("no documents: the loader needs at least one")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """``value`` as an int; raises ValueError where it is none, such as text of a configuration file."""
+    if isinstance(value, int | np.integer) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    raise ValueError(f"{name} is {value!r}: give a whole number of tokens")
+
+
+def check_plan_options(options: dict[str, Any]) -> None:
+    """Raises ValueError for an option that neither the loader nor a planner knows."""
+    own = {"lengths", "world_size", "capacity", "planner", "seed"}  # the loader's to say
+    known = [name for name in inspect.signature(make_plan).parameters if name not in own]
+    for name in options:
+        if name not in known:
+            raise ValueError(
+                f"unknown option {name!r} of hdp.Loader: plans take {', '.join(known)}; the size of a batch is tokens_per_step"
+            )

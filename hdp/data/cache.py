@@ -30,7 +30,7 @@ from hdp.data.rows import LARGEST, RawDocument
 from hdp.data.sources import Source
 from hdp.data.tokenizers import Tokenizer
 
-FORMAT = 2
+FORMAT = 3
 CHUNK = 1 << 22  # tokens
 IntArray = NDArray[np.int64]
 
@@ -129,6 +129,8 @@ def _write(source: Source, tokenizer: Tokenizer, folder: Path) -> None:
                 print(f"tokenising {source.name}: {len(lengths):,} documents, {told - began:.0f} s", file=sys.stderr)
     if not lengths:
         left_out = f"; left out: {skipped.describe()}" if skipped.total else ""
+        if any(reason.startswith("without text in") for reason in skipped.counts):
+            left_out += "; text_column says which column holds the text"
         raise DataError(f"{source.name} holds no document{left_out}")
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
     meta = {

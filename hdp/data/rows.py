@@ -43,7 +43,8 @@ def from_row(row: Mapping[str, Any], *, name: str, source: str, text_column: str
     """The document of ``row``: its ``input_ids`` and ``labels`` as they are, else its text; None when it has neither.
 
     Raises :class:`DataError` when ids or labels are not a flat list of integers each, are out of range (ids 0..2^31-1, labels
-    also -100), differ in number, or when there are labels for text whose tokens are not given.
+    also -100), differ in number, when there are labels for text whose tokens are not given, and when another field says that
+    some ids are padding, or not to be learnt.
     """
     where = f"{source}, {name}"
     text, given, targets = row.get(text_column), row.get(IDS), row.get(LABELS)
@@ -57,6 +58,7 @@ def from_row(row: Mapping[str, Any], *, name: str, source: str, text_column: str
         return RawDocument(name=name, text=text)
     ids = _integers(given, f"{where}: {IDS}")
     _check_range(ids, ids >= 0, f"{where}: {IDS}", f"0..{LARGEST}")
+    _check_masks(row, where)
     if targets is None:
         return RawDocument(name=name, ids=ids)
     labels = _integers(targets, f"{where}: {LABELS}")
@@ -64,6 +66,21 @@ def from_row(row: Mapping[str, Any], *, name: str, source: str, text_column: str
         raise DataError(f"{where} has {len(ids)} {IDS} but {len(labels)} {LABELS}: there must be one label a token")
     _check_range(labels, (labels >= 0) | (labels == IGNORED), f"{where}: {LABELS}", f"0..{LARGEST} or {IGNORED}")
     return RawDocument(name=name, ids=ids, labels=labels)
+
+
+def _check_masks(row: Mapping[str, Any], where: str) -> None:
+    mask = row.get("attention_mask")
+    if mask is not None and not np.all(mask):
+        raise DataError(
+            f"{where}: attention_mask has zeros, but documents are trained on without padding: cut it off, and give {LABELS} of"
+            f" {IGNORED} where nothing is to be learnt"
+        )
+    for name in ("completion_mask", "assistant_masks"):
+        if row.get(name) is not None and row.get(LABELS) is None:
+            raise DataError(
+                f"{where} has {name!r} but no {LABELS}, so that every token would be trained on: give {LABELS}, {IGNORED} where"
+                " the mask is 0"
+            )
 
 
 def _integers(values: Any, what: str) -> IntArray:

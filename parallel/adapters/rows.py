@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MASKS = ("completion_mask", "assistant_masks")
+from hdp.parallel.batch import UNUSED_MASKS as MASKS
+
 Collator = Callable[[list[Any]], Mapping[str, Any]]
 
 

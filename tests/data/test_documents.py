@@ -128,6 +128,23 @@ def test_a_class_beside_a_text_is_no_label_of_tokens(tmp_path, cache):
     assert texts_of(open_documents(write_lines(tmp_path / "rows.jsonl", rows), cache=cache)) == ["good"]
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"attention_mask": [1, 0]}, "line 1: attention_mask has zeros"),
+        ({"completion_mask": [0, 1]}, "line 1 has 'completion_mask' but no labels"),
+        ({"assistant_masks": [0, 1]}, "line 1 has 'assistant_masks' but no labels"),
+    ],
+)
+def test_masks_that_would_be_left_out_are_refused(tmp_path, cache, fields, message):
+    path = write_lines(tmp_path / "rows.jsonl", [{"input_ids": [5, 6], **fields}])
+    with pytest.raises(DataError, match=message):
+        open_documents(path, cache=cache)
+    whole = {"input_ids": [5, 6], "attention_mask": [1, 1], "completion_mask": [0, 1], "labels": [-100, 6]}
+    found = open_documents(write_lines(tmp_path / "whole.jsonl", [whole]), cache=cache)[0]
+    assert (found["input_ids"].tolist(), found["labels"].tolist()) == ([5, 6], [-100, 6])
+
+
 def test_labels_that_do_not_fit_are_refused(tmp_path, cache):
     rows = [{"input_ids": [5, 6], "labels": [5]}]
     with pytest.raises(DataError, match="line 1 has 2 input_ids but 1 labels"):

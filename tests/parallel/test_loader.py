@@ -12,6 +12,7 @@ from tiny import IGNORE, make_documents, make_model
 
 import hdp
 from hdp.balance import DoesNotFit, Plan, PlanError
+from hdp.parallel.batch import read_document
 
 LENGTHS = [10, 3, 40, 7, 90, 1, 22, 15, 0, 8, 31, 64, 5]
 
@@ -73,6 +74,14 @@ def test_lengths_known_up_front_are_taken_without_reading():
     list(hdp.Loader(Lazy(), Alone(), tokens_per_step=100, capacity=50, planner="naive").plan_batches())
 
 
+class Measured(list):
+    """Two documents that bring lengths of their own."""
+
+    def __init__(self, lengths: list) -> None:
+        super().__init__(make_documents([3, 4]))
+        self.lengths = lengths
+
+
 REFUSED = [
     (ValueError, "no documents", {"documents": []}),
     (ValueError, "all 2 documents are empty", {"lengths": [0, 0]}),
@@ -83,6 +92,17 @@ REFUSED = [
     (ValueError, "document 1: token ids must be one row of integers", {"documents": [torch.ones(3).long(), torch.ones(4)]}),
     (ValueError, "document 0: labels has shape", {"documents": [{"input_ids": torch.ones(3).long(), "labels": [1, 2]}]}),
     (ValueError, "document 0 has no 'input_ids'", {"documents": [{"text": "to be"}]}),
+    (DoesNotFit, "^document 2 of 200 tokens .* make it fit, .*; or use at least 4 ranks", {"lengths": [10, 20, 200]}),
+    (ValueError, "documents are a generator without len", {"documents": (d for d in make_documents([3, 4]))}),
+    (ValueError, "document 0: token ids are of type str, not numbers", {"documents": ["to be"]}),
+    (ValueError, "document 1: token ids are of type NoneType", {"documents": [torch.ones(3).long(), None]}),
+    (ValueError, "document 1 has a length of -4", {"documents": Measured([3, -4])}),
+    (ValueError, r"lengths of the documents are float64 of shape \(2,\)", {"documents": Measured([3.0, 4.5])}),
+    (ValueError, r"of shape \(3,\): there are 2 documents", {"documents": Measured([3, 4, 5])}),
+    (ValueError, "capacity is '50': give a whole number", {"capacity": "50"}),
+    (ValueError, "tokens_per_step is 0.5: give a whole number", {"tokens_per_step": 0.5}),
+    (ValueError, "tokens_per_step is nan: give a whole number", {"tokens_per_step": float("nan")}),
+    (ValueError, "unknown option 'batch_size' of hdp.Loader: plans take regime, .*tokens_per_step", {"batch_size": 8}),
 ]  # fmt: skip
 
 
@@ -98,6 +118,45 @@ def test_bad_input_is_refused(kind, message, change):
     with pytest.raises(kind, match=message) as caught:
         list(hdp.Loader(documents, Alone(), **fields).plan_batches())
     assert type(caught.value) is kind
+
+
+def test_a_later_batch_that_cannot_be_planned_names_its_document():
+    def mine(lengths, **options: Any) -> Plan:
+        if 90 in lengths:
+            raise PlanError(f"sequence {lengths.tolist().index(90)} has no place")
+        return hdp.make_plan(lengths, planner="naive", **options)
+
+    loader = hdp.Loader(make_documents(LENGTHS), Alone(), tokens_per_step=100, capacity=50, planner=mine, seed=None)
+    with pytest.raises(PlanError, match=r"^document 4 has no place$"):
+        list(loader.plan_batches())
+
+
+MASKED = [
+    ({"attention_mask": [1, 1, 0]}, "document 1: its attention_mask has zeros"),
+    ({"position_ids": [0, 1, 0]}, "document 1: its position_ids are not 0 to 2"),
+    ({"position_ids": [0, 1]}, "document 1: its position_ids are not 0 to 2"),
+    ({"completion_mask": [0, 0, 1]}, "document 1 has 'completion_mask' but no 'labels'"),
+    ({"assistant_masks": [0, 0, 1]}, "document 1 has 'assistant_masks' but no 'labels'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), MASKED, ids=str)
+def test_fields_that_would_be_left_out_in_silence_are_refused(fields, message):
+    ids = torch.tensor([5, 6, 7])
+    with pytest.raises(ValueError, match=message):
+        read_document([ids, {"input_ids": ids, **fields}], 1)
+
+
+def test_fields_that_say_nothing_new_are_taken():
+    ids = torch.tensor([5, 6, 7])
+    fields = {
+        "attention_mask": [1, 1, 1],
+        "position_ids": torch.arange(3),
+        "completion_mask": [0, 0, 1],
+        "labels": [-100, -100, 7],
+    }
+    found = read_document([{"input_ids": ids, **fields}], 0)
+    assert found.input_ids.tolist() == [5, 6, 7] and found.labels.tolist() == [IGNORE, 7, IGNORE]
 
 
 # ------------------------------------------------------------ on real ranks
