@@ -19,7 +19,7 @@ from hdp.balance.plan import Plan
 from hdp.parallel.arrangement import Arrangement, Work, works
 from hdp.parallel.batch import MicroBatchInputs
 from hdp.parallel.engine import Engine
-from hdp.parallel.models import check_no_tensor_parallel, check_unwrapped
+from hdp.parallel.models import check_no_tensor_parallel, check_trained_dtype, check_unwrapped
 from hdp.parallel.world import World
 
 
@@ -68,10 +68,11 @@ def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = 
         bucket_mb: size of DDP's buckets.
 
     Raises:
-        ValueError: attention that is not hdp's, no output head, a model that is wrapped already, tensor parallelism.
+        ValueError: attention that is not hdp's, no output head, a model that is wrapped already or of fp16, tensor parallelism.
     """
     check_unwrapped(model)
     check_no_tensor_parallel(world, "DDP")
+    check_trained_dtype(model)
     model.to(world.device)
     wrapper = DistributedDataParallel(
         model,

@@ -26,7 +26,14 @@ from hdp.parallel.costs import assume
 from hdp.parallel.loader import Loader
 from hdp.parallel.loss import loss_sum
 from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans, pack_spans
-from hdp.parallel.models import check_attention, check_router, compute_dtype, output_head
+from hdp.parallel.models import (
+    NO_SCALER,
+    check_attention,
+    check_router,
+    compute_dtype,
+    learnt_positions,
+    output_head,
+)
 from hdp.parallel.schedules import set_chooser
 from hdp.parallel.world import World
 
@@ -52,6 +59,8 @@ class Engine:
         embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
         self.vocabulary: int | None = getattr(embeddings, "num_embeddings", None)
         """Token ids that the model knows; None: not checked."""
+        self.positions = learnt_positions(model)
+        """Tokens of the longest document that the model has positions for; None: it has no such limit."""
         self.activations: Activations | None = None
         """What becomes of saved activations; None keeps them all."""
         if world.assumptions is None:
@@ -75,9 +84,10 @@ class Engine:
 
         Raises:
             HdpError: a rank failed, died or fell silent; the message names it.
-            ValueError: the batch was planned for another regime or world.
+            ValueError: the batch was planned for another regime or world; token ids or positions that the model does not know.
         """
         self._check_batch(batch)
+        self._check_autocast()
         if batch.loss_weight == 0:
             if self.world.rank == 0:
                 why = "label tokens that all weigh 0" if batch.label_tokens else "no label token"
@@ -254,13 +264,18 @@ class Engine:
         return output.logits if hasattr(output, "logits") else output[0]
 
     def _check_ids(self, inputs: MicroBatchInputs) -> None:
-        if self.vocabulary is None:
-            return
-        low, high = (int(n) for n in inputs.input_ids.aminmax())
-        if low < 0 or high >= self.vocabulary:
+        if self.vocabulary is not None:
+            low, high = (int(n) for n in inputs.input_ids.aminmax())
+            if low < 0 or high >= self.vocabulary:
+                bad = low if low < 0 else high
+                raise ValueError(
+                    f"token id {bad} in document {inputs.document_with(inputs.input_ids, bad)} is outside the model's"
+                    f" vocabulary of {self.vocabulary}: the documents were made with another tokenizer"
+                )
+        if self.positions is not None and (last := int(inputs.position_ids.max())) >= self.positions:
             raise ValueError(
-                f"token id {low if low < 0 else high} in sequences {inputs.sequences} is outside the model's"
-                f" vocabulary of {self.vocabulary}: the documents were made with another tokenizer"
+                f"document {inputs.document_with(inputs.position_ids, last)} has more than {last} tokens, the model positions"
+                f" for {self.positions}: cut documents to {self.positions} tokens (max_length of hdp.data.open_documents)"
             )
 
     def _module(self) -> nn.Module:
@@ -272,16 +287,26 @@ class Engine:
 
     # ------------------------------------------------------------ errors
 
+    def _check_autocast(self) -> None:
+        device = self.world.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
+            raise ValueError(f"torch.autocast computes in float16: {NO_SCALER}")
+
     def _check_batch(self, batch: PlannedBatch) -> None:
         if not isinstance(batch, PlannedBatch):
-            raise ValueError(f"forward_backward takes a batch of hdp.Loader, not {type(batch).__name__}")
+            raise ValueError(
+                f"forward_backward takes a batch of hdp.Loader, not {type(batch).__name__}: iterate over"
+                " hdp.Loader(documents, world, ...) in place of a DataLoader"
+            )
         if batch.plan.world_size != self.world.world_size:
             raise ValueError(
-                f"the batch was planned for {batch.plan.world_size} ranks, the world has {self.world.world_size}"
+                f"the batch was planned for {batch.plan.world_size} ranks, the world has {self.world.world_size}: make the"
+                " loader with this world"
             )
         if batch.plan.regime != self.regime:
             raise ValueError(
-                f"the batch was planned for regime {batch.plan.regime!r}; this engine runs {self.regime!r}"
+                f"the batch was planned for regime {batch.plan.regime!r}; this engine runs {self.regime!r}: plan with"
+                " hdp.Loader(..., regime=engine.regime)"
             )
 
 

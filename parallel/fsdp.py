@@ -27,7 +27,14 @@ from hdp.balance.plan import REGIMES
 from hdp.parallel.arrangement import Work
 from hdp.parallel.collectives import Beside, reduced_as_stored
 from hdp.parallel.engine import Engine
-from hdp.parallel.models import check_alike, check_attention, check_mesh, check_unwrapped, output_head
+from hdp.parallel.models import (
+    check_alike,
+    check_attention,
+    check_mesh,
+    check_precision,
+    check_unwrapped,
+    output_head,
+)
 from hdp.parallel.world import World
 
 
@@ -111,13 +118,14 @@ def shard(
 
     Raises:
         ValueError: an unknown regime, attention that is not hdp's, no layers found, a model without output head, one that is
-            wrapped already or differs between ranks, a mesh over other ranks, a loss that would be rounded.
+            wrapped already or differs between ranks, a mesh over other ranks, a loss that would be rounded, trained parameters
+            of several dtypes, or of fp16.
     """
     if regime not in REGIMES:
         raise ValueError(f"unknown regime {regime!r}: choose one of {', '.join(REGIMES)}")
     mesh = world.mesh["hdp"] if mesh is None else mesh
-    wrapped = list(layers) if layers is not None else find_layers(model)
     check_unwrapped(model)  # whatever is wrong is said before anything is wrapped
+    wrapped = list(layers) if layers is not None else find_layers(model)
     check_mesh(mesh, world)
     check_attention(model)
     output_head(model)
@@ -126,6 +134,7 @@ def shard(
             f"mp_policy.output_dtype is {mp_policy.output_dtype}: the model's output is the loss, which would be rounded;"
             " leave it out"
         )
+    check_precision(model, wrapped, mp_policy)
     check_alike(model, world)
     offloaded = isinstance(offload_policy, CPUOffloadPolicy)
     if not offloaded:

@@ -263,5 +263,6 @@ def _is_communication_error(error: Exception) -> bool:
     if isinstance(error, PeerError | dist.DistError):
         return True
     text = str(error).lower()
-    signs = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
+    # Gloo's words where it does not give its name; "pair closure" is what one timeout leaves to all that wait beside it.
+    signs = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "pair closure")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -80,6 +80,20 @@ def check_router(model: nn.Module) -> None:
         )
 
 
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings")
+"""What transformers calls embeddings of positions that are learnt."""
+
+
+def learnt_positions(model: nn.Module) -> int | None:
+    """Tokens of the longest document for which the model has learnt positions; None: it computes them."""
+    config: Any = getattr(model, "config", None)
+    most = getattr(config, "max_position_embeddings", None)
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            return most if isinstance(most, int) else part.num_embeddings
+    return None
+
+
 def output_head(model: nn.Module) -> nn.Linear:
     """The linear layer that makes logits. Raises ValueError if there is none that the fused loss can stand in for."""
     head: Any = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()
@@ -104,8 +118,43 @@ def output_head(model: nn.Module) -> nn.Linear:
     return head
 
 
+NO_SCALER = "there is no gradient scaler here, without which small gradients become 0 and large ones inf: use bfloat16"
+
+
+def check_trained_dtype(model: nn.Module) -> None:
+    """Raises ValueError for trained parameters in fp16."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype == torch.float16:
+            raise ValueError(f"the parameter {name} is float16: {NO_SCALER} or float32")
+
+
+def check_precision(model: nn.Module, layers: list[nn.Module], policy: MixedPrecisionPolicy | None) -> None:
+    """Raises ValueError for trained parameters of several dtypes that FSDP2 cannot gather together or compute with, and for
+    fp16."""
+    check_trained_dtype(model)
+    computed = None if policy is None else policy.param_dtype
+    if computed == torch.float16:
+        raise ValueError(f"mp_policy.param_dtype is torch.float16: {NO_SCALER}")
+    group = {id(p): number for number, layer in enumerate(layers, start=1) for p in layer.parameters()}
+    first: dict[int, tuple[str, torch.dtype]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        # A dtype to compute in makes groups alike when they are gathered, but not the parameters of one.
+        other, dtype = first.setdefault(group.get(id(parameter), 0) if computed else 0, (name, parameter.dtype))
+        if parameter.dtype != dtype:
+            raise ValueError(
+                f"the parameter {name} is {parameter.dtype}, {other} is {dtype}: give all trained parameters one dtype, for"
+                " example model.float(), and say in mp_policy what to compute in"
+            )
+
+
 def check_unwrapped(model: nn.Module) -> None:
-    """Raises ValueError if somebody has wrapped the model already."""
+    """Raises ValueError if somebody has wrapped the model already, or gives something else."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"the model is a {type(model).__name__}: give a torch.nn.Module, as from_pretrained returns it"
+        )
     if isinstance(model, DistributedDataParallel) or any(isinstance(m, FSDPModule) for m in model.modules()):
         raise ValueError(
             f"the model is wrapped already ({type(model).__name__}): give the plain one, hdp wraps it; to train it with"

@@ -21,6 +21,7 @@ from hdp.balance.plan import Plan
 from hdp.parallel.batch import PlannedBatch
 from hdp.parallel.engine import Engine
 from hdp.parallel.fsdp import find_layers, shard
+from hdp.parallel.models import compute_dtype
 from hdp.parallel.world import World
 
 Clock = Callable[[], float]
@@ -37,7 +38,10 @@ def sharding_seconds(model: nn.Module, world: World, clock: Clock) -> float:
     ``model`` stays as it is: a copy is sharded, which takes no more memory than the gradients of a backward pass.
     """
     alone = empty_step(Engine(model, world), clock)
-    return max(empty_step(shard(copy.deepcopy(model), world), clock) - alone, 0.0)
+    copied = copy.deepcopy(model)
+    if compute_dtype(copied) == torch.float16:  # which is not trained; as many bytes move
+        copied.to(torch.bfloat16)
+    return max(empty_step(shard(copied, world), clock) - alone, 0.0)
 
 
 def spread(host: HostCosts, seconds: float, parameter_bytes: float, gradient_bytes: float) -> HostCosts:

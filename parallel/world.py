@@ -71,7 +71,7 @@ def init(
     Args:
         timeout: seconds after which waiting for another rank ends in an error.
         backend: attention backend (see ``hdp.attention.backends``); ``"auto"`` takes the fastest that runs here.
-        device: None: this rank's GPU if there is one, else the CPU.
+        device: None: this rank's GPU if there is one, else the CPU. ``"cuda"``: this rank's GPU.
         tensor_parallel: neighbouring ranks that hold slices of one model; they run the same micro-batches with fewer heads.
             Split the model with ``parallelize_module(model, world.mesh["tp"], ...)`` before ``hdp.shard``.
         schedule: how shared sequences are computed: a name (``"ring"``), one forward and one backward (``"ring/ring_q"``), or
@@ -79,11 +79,12 @@ def init(
         wire_dtype: bf16 or fp16: q, k and v of an fp32 model travel so, at half the bytes. None: as the model computes.
 
     Raises:
-        ValueError: a timeout that is not positive, a tensor_parallel that does not divide the ranks, an unknown backend or
-            schedule, a wire dtype that saves nothing, a schedule or wire dtype that is another on another rank.
+        ValueError: a timeout that is not positive, a GPU where there is none, a tensor_parallel that does not divide the
+            ranks, an unknown backend or schedule, a wire dtype that saves nothing, a schedule or wire dtype that is another
+            on another rank.
     """
-    if timeout <= 0:
-        raise ValueError(f"timeout is {timeout} s: give the seconds after which a silent rank counts as lost")
+    if not isinstance(timeout, int | float) or not timeout > 0:
+        raise ValueError(f"timeout is {timeout!r} s: give the seconds after which a silent rank counts as lost")
     check_options(backend, wire_dtype, schedule)  # before anybody waits for this rank
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     place = _device(device, local_rank)
@@ -163,9 +164,14 @@ def _groups(tensor_parallel: int, limit: timedelta) -> tuple[dist.ProcessGroup, 
 
 
 def _device(device: str | torch.device | None, local_rank: int) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device is None:
+        return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    place = torch.device(device)
+    if place.type != "cuda":
+        return place
+    if not torch.cuda.is_available():
+        raise ValueError(f"device is {str(device)!r}, but torch finds no GPU: leave device out, or check the driver")
+    return torch.device("cuda", local_rank) if place.index is None else place
 
 
 _GENERATIONS = itertools.count()

@@ -18,6 +18,7 @@ from tiny import make_documents, make_model
 
 import hdp
 from hdp.parallel import collectives
+from hdp.parallel.guard import _is_communication_error
 
 TIMEOUT = 5.0
 """Seconds that ranks wait for each other."""
@@ -210,3 +211,18 @@ def test_under_torchrun_the_survivors_say_where_they_stood(tmp_path):
     assert done.returncode == 1
     for rank in (0, 1):
         assert f"rank {rank}: told to end by SIGTERM, at: step 4, slot 1, forward" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Application timeout caused pair closure",  # a wait beside another that ran into the timeout, without gloo's name
+        "Timed out waiting 20000ms for send operation to complete",
+        "Write error [127.0.0.1]:5: Broken pipe",
+        "Read error [127.0.0.1]:5: Connection reset by peer",
+    ],
+)
+def test_what_gloo_says_of_a_lost_peer_is_known(text):
+    assert _is_communication_error(RuntimeError(text))
+    assert not _is_communication_error(ValueError(text))
+    assert not _is_communication_error(RuntimeError("expected m1 and m2 to have the same dtype"))

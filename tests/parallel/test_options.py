@@ -33,6 +33,13 @@ LENGTHS, GROUPS, SLOTS = [90, 61, 9, 17], [(0, 1), (1, 0), (0,), (1,)], [0, 1, 1
         ({"wire_dtype": torch.float32}, "wire_dtype is torch.float32: choose torch.bfloat16"),
         ({"wire_dtype": "bf16"}, "wire_dtype is 'bf16'"),
         ({"backend": "flashattn"}, "unknown attention backend 'flashattn'"),
+        ({"timeout": "300"}, "timeout is '300' s"),
+        ({"timeout": float("nan")}, "timeout is nan s"),
+        pytest.param(
+            {"device": "cuda"},
+            "device is 'cuda', but torch finds no GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
     ],
 )
 def test_refused_before_anybody_is_waited_for(options, message):

@@ -37,6 +37,15 @@ def message_of(world: hdp.World, what: str) -> str:
                 "bool ids": torch.tensor([True, False]),
             }[what]
             engine.forward_backward(plan_batch(world, engine, documents, CAPACITY, planner="naive"))
+        elif what == "too long for the model":
+            engine.positions = 20  # as of a model that learns them
+            engine.forward_backward(plan_batch(world, engine, make_documents([9, 20, 21]), CAPACITY, planner="naive"))
+        elif what == "fp16":
+            with torch.autocast("cpu", torch.float16):
+                engine.forward_backward(plan_batch(world, engine, documents, CAPACITY, planner="naive"))
+        elif what == "another regime":
+            options: dict[str, Any] = {"tokens_per_step": 99, "capacity": CAPACITY, "regime": "slot"}
+            engine.forward_backward(next(iter(hdp.Loader(documents, world, **options))))
         elif what == "no step to run":
             hdp.Loader(documents, world, tokens_per_step=99, capacity=CAPACITY, start=9, steps=3)
         elif what == "a plan that holds too much":
@@ -69,9 +78,15 @@ def sinks() -> None:
     [
         ("clip", r"max_norm is -1.0"),
         ("clip nan", r"max_norm is nan"),
-        ("documents instead of a batch", r"takes a batch of hdp.Loader, not list"),
-        ("id too large", r"token id 101 .* vocabulary of 101"),
-        ("negative id", r"token id -2 .* vocabulary of 101"),
+        ("documents instead of a batch", r"takes a batch of hdp.Loader, not list: iterate over hdp.Loader"),
+        ("id too large", r"token id 101 in document 1 .* vocabulary of 101"),
+        ("negative id", r"token id -2 in document 1 .* vocabulary of 101"),
+        ("too long for the model", r"document 2 has more than 20 tokens, the model positions for 20: cut"),
+        ("fp16", r"torch.autocast computes in float16: there is no gradient scaler"),
+        (
+            "another regime",
+            r"regime 'slot'; this engine runs 'step': plan with hdp.Loader\(..., regime=engine.regime\)",
+        ),
         ("float labels", r"document 1: labels must be integers"),
         ("bool ids", r"document 1: token ids must be one row of integers"),
         ("no step to run", r"steps is 3 and start is 9"),
