@@ -54,6 +54,10 @@ def _tell(error: Exception) -> None:
         record(f"error: {error}")
         _say(f"error: {error}", error)
         return
+    if _is_about_a_disk(error):
+        record(f"error: {error}")
+        _say(f"[rank {rank}] error: {error}" if "RANK" in os.environ else f"error: {error}", error)
+        return
     if not _is_users(error):
         record(f"{type(error).__name__}: {error}")
         lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
@@ -72,6 +76,12 @@ def _say(line: str, error: Exception) -> None:
     if os.environ.get("HDP_TRACEBACK"):
         print("".join(traceback.format_exception(error)), file=sys.stderr)
     print(line, file=sys.stderr)
+
+
+def _is_about_a_disk(error: Exception) -> bool:
+    """A scratch disk that is full or fails: no defect, and what was being done there says nothing."""
+    errors = sys.modules.get("hdp.offload.errors")
+    return errors is not None and isinstance(error, errors.OffloadError)
 
 
 def _is_about_a_rank(error: Exception) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -54,7 +55,7 @@ def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer | None
     """Reads what :func:`save_state` wrote, into sharded or plain parameters.
 
     Raises:
-        ValueError: the folder holds no such state.
+        ValueError: the folder holds no such state, or that of another model.
     """
     path = Path(folder) / STATE_FOLDER
     if not (path / ".metadata").exists():
@@ -66,7 +67,16 @@ def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer | None
     state: dict[str, Any] = {"model": get_model_state_dict(model, options=options)}
     if optimizer is not None:
         state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=options)
-    dcp.load(state, checkpoint_id=path)
+    try:
+        dcp.load(state, checkpoint_id=path)
+    except CheckpointException as error:  # no Exception, so that nobody who handles errors would see it
+        causes = [cause for cause, _ in error.failures.values()]
+        if not all(isinstance(cause, ValueError | RuntimeError | KeyError) for cause in causes):
+            raise
+        raise ValueError(
+            f"the training state at {path} is not this model's and optimizer's: {causes[0]}; make them as they were when it was"
+            " written"
+        ) from error
     lenient = StateDictOptions(strict=False) if options.ignore_frozen_params else StateDictOptions()
     set_model_state_dict(model, state["model"], options=lenient)
     if optimizer is not None:

@@ -94,10 +94,7 @@ class HdpTrainerMixin(_Trainer):
         self.hdp_config = hdp
         self.world = world if world is not None else _join(self.args.device)
         if self.world.world_size != self.args.world_size:
-            raise ValueError(
-                f"hdp's world has {self.world.world_size} ranks, the training arguments' {self.args.world_size}: call"
-                " hdp.init() under the same launcher"
-            )
+            raise ValueError(_other_world(self.world.world_size, self.args))
         self.meter = Meter(self.world)
         self._engine: Engine | None = None
         self._documents: RowDocuments | None = None
@@ -305,6 +302,15 @@ class _Steps(torch.utils.data.Dataset):
 
 def _first(items: list[int]) -> int:
     return items[0]
+
+
+def _other_world(ranks: int, args: Any) -> str:
+    """The training arguments join a job by rules of their own: without a GPU only if they are told to use the CPU."""
+    is_alone = args.world_size == 1 and args.device.type == "cpu" and not args.use_cpu
+    cure = (
+        "without a GPU give TrainingArguments(use_cpu=True)" if is_alone else "call hdp.init() under the same launcher"
+    )
+    return f"hdp's world has {ranks} ranks, the training arguments' {args.world_size}: {cure}"
 
 
 def _join(device: torch.device) -> World:

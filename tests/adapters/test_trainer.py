@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import types
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import TrainingArguments
 
-from hdp.parallel.adapters import HdpConfig, HdpTrainerMixin
+from hdp.parallel.adapters import HdpConfig, HdpTrainerMixin, load_state, save_state
 from hdp.parallel.adapters.arguments import REFUSED, check_arguments, check_trainer, ignored_arguments
+from hdp.parallel.adapters.mixin import _other_world
 
 BEHAVIOUR = Path(__file__).with_name("behaviour.py")
 GROUPS = {
@@ -128,6 +131,32 @@ def test_arguments_without_effect_are_named(defaults):
 def test_config_names_the_wrong_value(wrong, message):
     with pytest.raises(ValueError, match=message):
         HdpConfig(**{"tokens_per_step": 10, "capacity": 10, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("use_cpu", "ranks", "message"),
+    [
+        (False, 1, r"has 2 ranks, the training arguments' 1: without a GPU give TrainingArguments\(use_cpu=True\)"),
+        (True, 1, r"has 2 ranks, the training arguments' 1: call hdp.init\(\) under the same launcher"),
+        (False, 3, r"has 2 ranks, the training arguments' 3: call hdp.init\(\) under the same launcher"),
+    ],
+)
+def test_arguments_of_another_world_say_what_to_do(use_cpu, ranks, message):
+    args = types.SimpleNamespace(world_size=ranks, use_cpu=use_cpu, device=torch.device("cpu"))
+    assert re.search(message, _other_world(2, args))
+
+
+def test_the_state_of_another_model_is_refused(tmp_path):
+    def trained(width: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = torch.nn.Sequential(torch.nn.Linear(width, 3))
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    save_state(tmp_path, *trained(4))
+    load_state(tmp_path, *trained(4))
+    with pytest.raises(ValueError, match=r"hdp_state is not this model's and optimizer's: .*\[3, 4\].*\[3, 5\]"):
+        load_state(tmp_path, *trained(5))
+    with pytest.raises(ValueError, match="no training state at"):
+        load_state(tmp_path / "nothing", *trained(4))
 
 
 def test_a_trainer_that_is_built_differently_is_an_error():

@@ -90,6 +90,12 @@ def test_what_is_about_a_rank_is_told_by_it_at_once(tmp_path):
     assert code == 1 and errors.splitlines() == ["error: rank 2 lost rank 0"]
 
 
+def test_a_disk_that_fails_is_one_line_of_each_rank(tmp_path):
+    body = "from hdp.offload.errors import OffloadError; raise OffloadError('disk: no space left')"
+    assert run(tmp_path, body, rank=1, patience=60) == (1, "[rank 1] error: disk: no space left\n")
+    assert run(tmp_path, body) == (1, "error: disk: no space left\n")
+
+
 def test_warnings_of_the_library_are_one_line(tmp_path):
     body = "import warnings; from hdp.data.problems import warn; warn('left out 2'); warnings.warn('of others')"
     code, errors = run(tmp_path, body)
