@@ -7,6 +7,7 @@ plan(lengths, profile.topology(world_size=64), profile.cost, ...)
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -84,6 +85,16 @@ class Profile:
     shape: ModelShape | None = None
     """Of the model; None: not known."""
 
+    def __post_init__(self) -> None:
+        for name in ("world_size", "ranks_per_node", "parameters", "element_bytes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise PlanError(f"profile: {name} is {value!r}, must be a whole number of at least 1")
+        for name in ("overlap", "gather_bandwidth", "reduce_bandwidth", "root_share"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise PlanError(f"profile: {name} is {value!r}, must be a number of at least 0")
+
     @property
     def parameter_bytes(self) -> float:
         """Of all parameters, as they are gathered."""
@@ -103,7 +114,10 @@ class Profile:
         """With the measured links. Where only one kind was measured, it stands for both."""
         links = [link for link in (self.intra, self.inter) if link is not None]
         if not links:
-            raise PlanError("the profile has no links: measure with two ranks or more (torchrun), or give bandwidths")
+            raise PlanError(
+                "the profile has no links: measure with two ranks or more (torchrun), or give bandwidths (--intra-bandwidth,"
+                " --inter-bandwidth)"
+            )
         return Topology(
             world_size=world_size or self.world_size,
             ranks_per_node=ranks_per_node or self.ranks_per_node,
@@ -134,6 +148,8 @@ class Profile:
         """Older files lack what was not measured then. Raises PlanError for a file that is none."""
         try:
             fields: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(fields, dict) or "format" not in fields:
+                raise PlanError(f"{str(path)!r} is no profile: give a file that hdp profile --out wrote")
             if fields.pop("format") != FORMAT:
                 raise PlanError(f"{path} is a profile of another format: run hdp profile again")
             links = {name: Link(**fields[name]) if fields[name] else None for name in ("intra", "inter")}
@@ -144,7 +160,9 @@ class Profile:
             shape = ModelShape(**fields["shape"]) if fields.get("shape") else None
             return cls(**{**fields, **links, **parts, "shape": shape})
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise PlanError(f"{str(path)!r} is no profile of hdp profile: {error}") from error
+            raise PlanError(
+                f"{str(path)!r} is no profile of hdp profile ({error}): write one with hdp profile --out"
+            ) from error
 
 
 def _element_bytes(cost: CostModel) -> int:

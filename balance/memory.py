@@ -200,16 +200,15 @@ def refuse_too_long(
     enough = ceil(share * _saved_layers(cost) / cost.layers)
     largest = capacity_with(capacity, cost, allowed)
     ratio = ratio_for(share, capacity, cost)
-    cure = (
-        f"an offload ratio of {ratio:.3f} would make it fit"
-        if ratio is not None
-        else "even full offload would not make it fit"
-    )
-    if not cost.recomputed and (layers := fewest_recomputed(share, capacity, cost, allowed)) is not None:
-        cure += f", so would computing {layers} of {cost.layers} layers again in backward"
+    layers = None if cost.recomputed else fewest_recomputed(share, capacity, cost, allowed)
+    again = f"computing {layers} of {cost.layers} layers again in backward"
+    if ratio is None:
+        cure = "even full offload would not make it fit" + (f", but {again} would; or" if layers else ":")
+    else:
+        cure = f"an offload ratio of {ratio:.3f} would make it fit" + (f", so would {again}; or" if layers else "; or")
     return DoesNotFit(
         f"sequence {sequence} of {length} tokens does not fit {world_size} ranks x {largest} tokens = "
-        f"{world_size * largest}: {cure}; otherwise use at least {-(-length // largest)} ranks, a capacity of at least "
+        f"{world_size * largest}: {cure} use at least {-(-length // largest)} ranks, a capacity of at least "
         f"{enough}, or shorter sequences"
     )
 

@@ -71,7 +71,12 @@ class ModelShape:
             path = path / "config.json" if path.is_dir() else path
             if not path.is_file():
                 raise PlanError(f"model {str(config)!r} is no file and none of {', '.join(MODELS)}")
-            config = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                config = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise PlanError(f"{path} is no JSON ({error}): give the config.json of a transformers model") from error
+            if not isinstance(config, Mapping):
+                raise PlanError(f"{path} holds a {type(config).__name__}: give the config.json of a transformers model")
         fields: Mapping[str, Any] = config if isinstance(config, Mapping) else config.to_dict()
         text = fields.get("text_config")
         return _from_fields(text if isinstance(text, Mapping) else fields)

@@ -68,6 +68,14 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
+def token_count(text: str) -> int:
+    """Tokens, also as 4e6, for argparse."""
+    try:
+        return int(float(text))
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens") from None
+
+
 def offload_of(text: str) -> str:
     """``off``, ``auto`` or a ratio, for argparse."""
     try:
@@ -110,14 +118,14 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         help="documents of a folder of text, a .jsonl file or a Hugging Face dataset on disk",
     )
     source.add_argument("--source-tree", metavar="FOLDER", help="one document a file, four bytes a token")
-    parser.add_argument("--tokens", type=float, default=1e6, help="tokens to draw; default: 1e6")
+    parser.add_argument("--tokens", type=token_count, default=1_000_000, help="tokens to draw; default: 1e6")
     parser.add_argument(
         "--context",
         type=at_least_one,
         default=262144,
         help="longest document to draw; a dataset's are cut; default: 262144",
     )
-    parser.add_argument("--tokenizer", metavar="NAME", help="of --dataset, as transformers knows it; default: bytes")
+    parser.add_argument("--tokenizer", metavar="PATH", help="of --dataset: a folder or .gguf file; default: bytes")
     parser.add_argument("--text-column", default="text", help="of --dataset; default: text")
 
 
@@ -206,9 +214,7 @@ def lengths_of(arguments: argparse.Namespace) -> IntArray:
         return source_tree_lengths(arguments.source_tree)
     if arguments.dataset is not None:
         return dataset_lengths(arguments)
-    return draw_lengths(
-        arguments.distribution, tokens=int(arguments.tokens), context=arguments.context, seed=arguments.seed
-    )
+    return draw_lengths(arguments.distribution, tokens=arguments.tokens, context=arguments.context, seed=arguments.seed)
 
 
 def dataset_lengths(arguments: argparse.Namespace) -> IntArray:

@@ -22,12 +22,13 @@ from hdp.balance.devices import DEVICES, find_device
 from hdp.balance.measured import Profile, predicted
 from hdp.balance.models import model_shape
 from hdp.balance.plan import PlanError
+from hdp.commands.plan import BadArgumentsError
 
 if TYPE_CHECKING:
     from torch import nn
 
 HELP = "measure the model on this machine: times of a layer, memory, links"
-CANNOT_WRITE, CANNOT_MEASURE = 1, 3
+CANNOT_WRITE, BAD_ARGUMENTS, CANNOT_MEASURE = 1, 2, 3
 SMALL = {
     "vocab_size": 4096,
     "hidden_size": 512,
@@ -59,6 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Measures, prints on rank 0, writes there."""
     try:
         return _run(arguments)
+    except BadArgumentsError as error:
+        print(f"hdp profile: {error}", file=sys.stderr)
+        return BAD_ARGUMENTS
     except (PlanError, ValueError) as error:
         print(f"hdp profile: {error}", file=sys.stderr)
         return CANNOT_MEASURE
@@ -72,6 +76,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from hdp.parallel.profile import profile
 
     lengths = _lengths(arguments.lengths)
+    if not arguments.budget > 0:
+        raise BadArgumentsError(f"--budget is {arguments.budget}: give a positive number of seconds")
+    if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--out is {arguments.out}: there is no folder {Path(arguments.out).parent}")
     start = time.perf_counter()
     with hdp.init() as world:
         model, layers = build(arguments, world.device.type)
@@ -98,7 +106,9 @@ def _lengths(text: str | None) -> tuple[int, ...]:
     except ValueError:
         lengths = (0,)
     if min(lengths) < 1 or len(lengths) < 3:
-        raise PlanError(f"--lengths is {text!r}: give at least three whole numbers of tokens, separated by commas")
+        raise BadArgumentsError(
+            f"--lengths is {text!r}: give at least three whole numbers of tokens, separated by commas"
+        )
     return tuple(sorted(lengths))
 
 
@@ -109,11 +119,17 @@ def build(arguments: argparse.Namespace, device: str) -> tuple[nn.Module, int]:
         from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
     except ImportError as error:
         raise PlanError("hdp profile needs transformers: pip install 'hdp[hf]'") from error
-    config: Any = AutoConfig.from_pretrained(arguments.model) if arguments.model else LlamaConfig(**SMALL)  # type: ignore[arg-type]
+    try:
+        config: Any = AutoConfig.from_pretrained(arguments.model) if arguments.model else LlamaConfig(**SMALL)  # type: ignore[arg-type]
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadArgumentsError(
+            f"--model is {arguments.model!r}: no config.json, folder or name of a model ({reason})"
+        ) from error
     layers = int(model_shape(config).layers)
     if arguments.layers is not None:
         if not 1 <= arguments.layers <= layers:
-            raise PlanError(f"--layers is {arguments.layers}: the model has {layers}")
+            raise BadArgumentsError(f"--layers is {arguments.layers}: the model has {layers}")
         config.num_hidden_layers = arguments.layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[: arguments.layers]

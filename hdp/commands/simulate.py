@@ -223,7 +223,7 @@ def table(rows: list[Row], outcomes: list[Outcome], tokens: float) -> str:
 
 def _title(arguments: argparse.Namespace, cluster: Cluster, tokens: float) -> str:
     topology = cluster.topology
-    source = arguments.distribution or arguments.lengths or arguments.source_tree
+    source = arguments.distribution or arguments.lengths or arguments.source_tree or arguments.dataset
     what = f"{Path(arguments.profile).name}" if arguments.profile else arguments.model
     stages = f", {cluster.stages} stages" if cluster.stages > 1 else ""
     return (

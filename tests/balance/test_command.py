@@ -100,7 +100,15 @@ def test_line_ends_of_any_system(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [["--world-size", "0"], ["--capacity", "x"], ["--ranks-per-node", "-1"], ["--offload", "nan"], ["--regime", "x"]],
+    [
+        ["--world-size", "0"],
+        ["--capacity", "x"],
+        ["--tokens", "nan"],
+        ["--tokens", "inf"],
+        ["--ranks-per-node", "-1"],
+        ["--offload", "nan"],
+        ["--regime", "x"],
+    ],
     ids=str,
 )
 def test_bad_arguments_exit_with_2(options: list[str], lengths: Path) -> None:
@@ -108,6 +116,13 @@ def test_bad_arguments_exit_with_2(options: list[str], lengths: Path) -> None:
         main(["plan", "--lengths", str(lengths), *ARGUMENTS, *options])
     assert error.value.code == 2
     assert main(["plan", "--lengths", str(lengths), *ARGUMENTS, "--flops", "0"]) == 2
+
+
+@pytest.mark.parametrize("text", ["{", "[1]"])
+def test_a_model_that_is_no_configuration_is_named(text: str, tmp_path: Path, lengths: Path, capsys) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert main(["plan", "--lengths", str(lengths), *ARGUMENTS, "--model", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
 
 
 def test_documents_of_a_dataset(

@@ -64,11 +64,23 @@ def test_profile_file(tmp_path: Path):
     )
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "cost": 3}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"format": 99}', '{"format": 1, "cost": 3}'])
 def test_refuses_what_is_no_profile(tmp_path: Path, text: str):
     (tmp_path / "p.json").write_text(text)
-    with pytest.raises(PlanError, match="profile"):
+    with pytest.raises(PlanError, match="hdp profile"):
         Profile.read(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("overlap", "x"), ("gather_bandwidth", "fast"), ("root_share", -1), ("parameters", 0), ("world_size", None)],
+)
+def test_a_profile_with_a_wrong_number_names_it(tmp_path: Path, name: str, value: object):
+    path = tmp_path / "p.json"
+    profile_of([], None, None).write(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(PlanError, match=f"profile: {name} is {value!r}"):
+        Profile.read(path)
 
 
 def test_profile_without_links_says_so():
@@ -130,7 +142,26 @@ def test_command_simulate_draws_and_refuses(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_command_profile_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert main(["profile", "--lengths", "1,x"]) == 3
+    assert main(["profile", "--lengths", "1,x"]) == 2
     assert "--lengths is '1,x'" in capsys.readouterr().err
-    assert main(["profile", "--layers", "99"]) == 3
+    assert main(["profile", "--layers", "99"]) == 2
     assert "--layers is 99" in capsys.readouterr().err
+    assert main(["profile", "--budget", "-1"]) == 2
+    assert "--budget is -1.0" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{")
+    assert main(["profile", "--model", str(tmp_path)]) == 2
+    assert f"--model is {str(tmp_path)!r}" in capsys.readouterr().err
+    assert main(["profile", "--out", str(tmp_path / "none" / "p.json")]) == 1  # before anything is measured
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_command_simulate_of_a_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HDP_CACHE", str(tmp_path / "cache"))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"text": "x" * 30}) for _ in range(40)))
+    assert (
+        main(["simulate", "--dataset", str(rows), "--world-size", "4", "--capacity", "1024", "--planners", "auto"]) == 0
+    )
+    assert "rows.jsonl, 0.00124M tokens a step" in capsys.readouterr().out
