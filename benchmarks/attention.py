@@ -18,6 +18,7 @@ smallest and largest in brackets.
   ring, GQA 4:1; ``auto_mesh``: whether ``auto`` picks the winner of both.
 - ``bytes_equal``: whether every rank sent what the closed forms say: the ring above, all pairs of the grid with 8:8 heads.
 - ``auto_worst``: how much slower the choice of ``auto`` is than the best fixed pair, the largest over a grid of 24 cases.
+  Rounds of all pairs find the two fastest others; further rounds of these and the choice decide.
 
 PATH is a program that starts one process per host with limited links: ``PATH -n RANKS -r RATE [-p] -c CPU_PERCENT -- COMMAND``.
 The last line of the output is one JSON object.
@@ -122,6 +123,12 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
+def middle(values: Sequence[float]) -> float:
+    """Mean of the middle half: steadier than the median where a CPU quota makes steps long or short by turns."""
+    ordered, quarter = sorted(values), len(values) // 4
+    return statistics.fmean(ordered[quarter : len(ordered) - quarter])
+
+
 def sent(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: bool) -> list[float]:
     """Bytes of every rank by the closed form."""
     count = HeadCount(query=heads[0], key=heads[1])
@@ -178,7 +185,7 @@ def overheads(cluster: Cluster) -> Overheads:
     ]
     handled, lost = [], []
     for job, found in zip(jobs, cluster.run_all(hosts, None, jobs), strict=True):
-        times = {name: statistics.median(t["seconds"]) for name, t in found.items()}
+        times = {name: middle(t["seconds"]) for name, t in found.items()}
         tiles, backward = times[TILES], job["parts"] == "backward"
         own = np.array([0, 0, hosts, 0])  # a ring's tiles are calls, too
         for name in SCHEDULES:

@@ -67,6 +67,9 @@ class Job:
     """Candidates whose fastest round is slower by this factor than the median of the fastest one are measured no more."""
     keep: list[str] = field(default_factory=list)
     """Candidates that are measured to the end all the same."""
+    duel: int = 0
+    """More rounds, at the end, of ``keep`` and the two others that were fastest, timed apart (``again``): which of many is
+    fastest is partly luck, and luck does not come twice."""
 
 
 class Bench:
@@ -244,16 +247,29 @@ def run_job(settings: dict[str, Any], world: hdp.World) -> dict[str, dict[str, l
     dense = settings.pop("dense", False)
     bench = Bench(Job(**{**settings, "heads": tuple(settings["heads"])}), world)
     job = bench.job
-    found: dict[str, dict[str, list]] = {name: {"seconds": [], "cpu": [], "sent": []} for name in job.candidates}
+    found: dict[str, dict[str, list]] = {
+        name: {"seconds": [], "cpu": [], "sent": [], "again": []} for name in job.candidates
+    }
     for number in range(job.rounds + 1):
-        for name in running(job, found):
+        for name in in_turn(running(job, found), number):
             measured = bench.measure(name)
             if number:  # the first warms up
                 for what, value in measured.items():
                     found[name][what].append(value)
+    fastest = sorted(job.candidates, key=lambda name: statistics.median(found[name]["seconds"]))
+    finalists = [*job.keep, *[name for name in fastest if name not in job.keep][:2]]
+    for number in range(job.duel):
+        for name in in_turn(finalists, number):
+            found[name]["again"].append(bench.measure(name)["seconds"])
     if dense:
         found["dense"] = {"cpu": [dense_cpu(job.tokens, job.heads) for _ in range(2)]}
     return found
+
+
+def in_turn(names: list[str], number: int) -> list[str]:
+    """Each begins a round once: under a CPU quota it matters who comes first."""
+    at = number % len(names)
+    return names[at:] + names[:at]
 
 
 def running(job: Job, found: dict[str, dict[str, list]]) -> list[str]:
