@@ -20,11 +20,26 @@ def fewest_ranks(problem: Problem, sequences: IntArray, ticks: int) -> tuple[Int
 
     World + 1 where the share is longer on any number of ranks.
     """
-    node = problem.topology.node_size
+    node, world = problem.topology.node_size, problem.world_size
     least = fewest_that_hold(problem, sequences)
     inside = _search(problem, sequences, ticks, least, node, 0)
-    across = _search(problem, sequences, ticks, np.maximum(least, node + 1), problem.world_size, 1)
-    return np.where(inside <= node, inside, across), (inside > node).astype(np.int64)
+    swift = swifter_across(problem)  # then even a few ranks may be of different nodes
+    across = _search(problem, sequences, ticks, np.maximum(least, 2 if swift else node + 1), world, 1)
+    stays = inside <= node
+    if swift:
+        spent = [
+            ticks_spent(problem, sequences, np.minimum(sizes, world), np.full(len(sequences), spans))
+            for spans, sizes in enumerate((inside, across))
+        ]
+        stays &= (across > world) | (spent[0] <= spent[1])
+    return np.where(stays, inside, across), (~stays).astype(np.int64)
+
+
+def swifter_across(problem: Problem) -> bool:
+    """Whether nodes reach each other over better links than their own ranks do, in bandwidth or in latency."""
+    topology = problem.topology
+    bandwidth, latency = topology.inter.bandwidth, topology.inter.latency
+    return topology.nodes > 1 and (bandwidth > topology.intra.bandwidth or latency < topology.intra.latency)
 
 
 def fewest_that_hold(problem: Problem, sequences: IntArray) -> IntArray:
@@ -56,12 +71,14 @@ def best_size(problem: Problem, sequences: IntArray, across: int) -> IntArray:
     high = problem.world_size if across else problem.topology.node_size
     rises = np.full(len(sequences), high, dtype=np.int64)
     falls = np.zeros(len(sequences), dtype=np.int64)
+    last = problem.costs.share(sequences, rises, across)
     while np.any(rises - falls > 1):
         mid = (falls + rises) // 2
         here, there = (problem.costs.share(sequences, np.maximum(n, 1), across) for n in (mid, mid + 1))
         active = rises - falls > 1
-        falls = np.where(active & (there < here), mid, falls)
-        rises = np.where(active & (there >= here), mid, rises)
+        lower = (there < here) | (last < here)  # whole ticks: two neighbours may be alike on the way down
+        falls = np.where(active & lower, mid, falls)
+        rises = np.where(active & ~lower, mid, rises)
     return rises
 
 

@@ -134,6 +134,32 @@ def test_bound_counts_rings_that_take_longer_than_all_the_work(slow: float, late
     assert step_bound(problem) <= made <= 1.3 * step_bound(problem)
 
 
+@pytest.mark.parametrize("regime", ["step", "slot"])
+@pytest.mark.parametrize("latencies", [(0.0, 0.0), (2e-3, 1e-4)])
+def test_bound_where_nodes_reach_each_other_over_the_better_links(regime: str, latencies: tuple[float, float]) -> None:
+    """Ranks without a fast link inside the node: two of different nodes may share a document sooner than two of one node."""
+    inside, across = (Link(bandwidth=b, latency=s) for b, s in zip((4e8, 2.5e9), latencies, strict=True))
+    topology = Topology(world_size=5, ranks_per_node=2, intra=inside, inter=across)
+    lengths = [CAPACITY * 3 // 2] * 10
+    problem = make_problem(lengths, topology, COST, capacity=CAPACITY, regime=regime, planner="auto")
+    bound = slot_bound(problem) if regime == "slot" else step_bound(problem)
+    for planner in ("auto", "static", "bytescale"):
+        made = plan(lengths, topology, COST, capacity=CAPACITY, regime=regime, planner=planner)
+        assert evaluate(made, COST, topology).makespan >= bound * (1 - 1e-6)
+
+
+def test_bound_of_a_document_with_fewer_ticks_than_ranks() -> None:
+    """A share of whole ticks falls in steps: two neighbouring sizes that take as long are not yet the best."""
+    cost = CostModel(layers=1, quadratic=0.0, linear=1e-9)
+    topology = Topology(world_size=4096)
+    made = Plan.from_groups(
+        [100], [range(4096)], [0], world_size=4096, capacity=CAPACITY, regime="step", planner="all ranks"
+    )
+    problem = make_problem([100], topology, cost, capacity=CAPACITY, regime="step", planner="auto")
+    assert step_bound(problem) <= evaluate(made, cost, topology).makespan
+    assert shortest_share(problem, np.array([0]))[0] == evaluate(made, cost, topology).makespan
+
+
 def test_a_last_slot_takes_what_would_cost_another_barrier() -> None:
     topology = Topology(world_size=19, ranks_per_node=4)
     lengths = [1, 1, 115, 115, 116, 116, 155, 198, 209, 261, 261, 320, 410]
