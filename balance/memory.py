@@ -8,6 +8,7 @@ takes a number of layers instead, the first and the last stay and none runs agai
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from fractions import Fraction
 from math import ceil
 
@@ -72,10 +73,9 @@ def ratio_for(tokens: int, capacity: int, layers: int | CostModel) -> float | No
     """Smallest ratio at which a micro-batch holds ``tokens``; None when even full offload is not enough."""
     if tokens <= capacity:
         return 0.0
-    for step in range(1, RATIO_STEP + 1):
-        if capacity_with(capacity, layers, step / RATIO_STEP) >= tokens:
-            return step / RATIO_STEP
-    return None
+    steps = range(1, RATIO_STEP + 1)
+    step = 1 + bisect_left(steps, tokens, key=lambda step: capacity_with(capacity, layers, step / RATIO_STEP))
+    return step / RATIO_STEP if step <= RATIO_STEP else None
 
 
 def hidden_ratio(length: int, cost: CostModel) -> float:
@@ -174,14 +174,21 @@ def fewest_ranks(length: int, capacity: int, cost: CostModel, most: float) -> tu
     The host-memory bound of :func:`eq3`, without its lower bound: a sequence of C + 1 tokens fits one rank at a ratio of 1/64,
     where Eq. 3 would move everything or take two ranks. So never more ranks than Eq. 3, for the same ``most``.
     """
-    ranks = max(1, -(-length // capacity_with(capacity, cost, most)))
-    while True:
-        share = -(-length // ranks)
-        ratio = ratio_for(share, capacity, cost)
+    first = max(1, -(-length // capacity_with(capacity, cost, most)))
+
+    def ratio_on(ranks: int) -> float:
+        ratio = ratio_for(-(-length // ranks), capacity, cost)
         assert ratio is not None
-        if not ratio or not cost.outside_memory or moved_bytes(share, 1, cost, ratio) <= cost.outside_memory:
-            return ranks, ratio
-        ranks += 1
+        return ratio
+
+    def has_room(ranks: int) -> bool:
+        ratio, outside = ratio_on(ranks), cost.outside_memory
+        return not ratio or not outside or moved_bytes(-(-length // ranks), 1, cost, ratio) <= outside
+
+    # More ranks move less each, and ceil(s / C) of them nothing.
+    enough = range(first, max(first, -(-length // capacity)) + 1)
+    ranks = first + bisect_left(enough, True, key=has_room)
+    return ranks, ratio_on(ranks)
 
 
 def refuse_no_room(cost: CostModel) -> DoesNotFit:
