@@ -7,7 +7,9 @@ a number of targets, never a time.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -15,9 +17,10 @@ from hdp import _planner
 from hdp.balance.bounds import step_bound
 from hdp.balance.evaluate import Evaluation, evaluate
 from hdp.balance.memory import capacity_with, most_moved, refuse_no_room
-from hdp.balance.plan import IntArray, Plan
+from hdp.balance.plan import DoesNotFit, IntArray, Plan
 from hdp.balance.planners import bytescale, naive, static
 from hdp.balance.planners.problem import Problem
+from hdp.balance.planners.recompute import longer_than_all, spread
 
 STEP_EFFORT = 12
 SLOT_EFFORT = 24
@@ -54,25 +57,58 @@ def make(problem: Problem, name: str) -> Plan:
 
     The search of regime ``step`` places documents one by one. Where many must be shared, one ring for all of a slot may hide
     more; where micro-batches cost something by themselves, plans that are made slot by slot can have fewer of them; and of
-    two or three documents, fewer ranks than the last ones left over may be the better group.
+    two or three documents, fewer ranks than the last ones left over may be the better group. The search knows no copies either:
+    where what is offloaded shows, long documents apart from the others may be better, so that only theirs leave.
     """
     made = _over_ratios(problem, name)
-    documents, room = len(problem.lengths), problem.world_size * problem.capacity
-    if documents > MOST_DOCUMENTS or documents * problem.world_size > MOST_PLACES:
+    small = _is_small(problem)
+    long = longer_than_all(problem)
+    if not (small or long):
         return made
-    shortest = evaluate(made, problem.cost, problem.topology).makespan
-    if problem.lengths.max(initial=0) > room or shortest <= step_bound(problem) * NEAR:
+    shown, shortest = _rank(problem, made)
+    if not shown and shortest <= step_bound(problem) * NEAR:
         return made
-    plain = replace(problem, offload=0.0)
-    made_by = (static.make(plain, "static"), naive.make(plain, "naive"), bytescale.make(plain, "bytescale"))
-    others = [replace(other, planner=name) for other in made_by]
-    if problem.regime == "step":
-        others.append(replace(_over_ratios(replace(plain, regime="slot"), name), regime="step"))
-    for other in others:
-        makespan = evaluate(other, problem.cost, problem.topology).makespan
-        if makespan * NEAR < shortest:
-            made, shortest = other, makespan
+    for other in _others(problem, name, long, small):
+        shows, makespan = _rank(problem, other)
+        if shows < shown or (shows == shown and makespan * NEAR < shortest):
+            made, shown, shortest = other, shows, makespan
     return made
+
+
+def _is_small(problem: Problem) -> bool:
+    documents = len(problem.lengths)
+    return documents <= MOST_DOCUMENTS and documents * problem.world_size <= MOST_PLACES
+
+
+def _rank(problem: Problem, made: Plan) -> tuple[bool, int]:
+    """Whether copies show though only those that hide are allowed (such plans come last), and the makespan."""
+    result = evaluate(made, problem.cost, problem.topology)
+    return problem.offload_hidden_only and _shows(result), result.makespan
+
+
+def _others(problem: Problem, name: str, long: list[int], small: bool) -> Iterator[Plan]:
+    """Plans made otherwise; ``long``: documents that are longer than all micro-batches of a slot without offload."""
+    if long:
+        yield from _within_tiers(problem, lambda: spread(problem, partial(_over_ratios, name=name), long, again=False))
+    if not small:
+        return
+    plain = replace(problem, offload=0.0)
+    for each in [problem] * (problem.offload > 0) + [plain] * (not long):
+        for other, module in (("static", static), ("naive", naive), ("bytescale", bytescale)):
+            for made in _within_tiers(problem, partial(module.make, each, other)):
+                yield replace(made, planner=name)
+    if problem.regime == "step" and not long:
+        yield replace(_over_ratios(replace(plain, regime="slot"), name), regime="step")
+
+
+def _within_tiers(problem: Problem, make: Callable[[], Plan]) -> list[Plan]:
+    """The plan of ``make``, if there is one and what it offloads has room."""
+    try:
+        made = make()
+    except DoesNotFit:
+        return []
+    outside = problem.cost.outside_memory
+    return [] if made.offload and outside and most_moved(made, problem.cost) > outside else [made]
 
 
 def _over_ratios(problem: Problem, name: str) -> Plan:

@@ -90,7 +90,7 @@ def where_needed(problem: Problem, make: Make, *, again: bool) -> Plan:
         made = make(problem)
     except DoesNotFit as error:
         long = _too_long(problem, hidden=False)
-        apart = long or _longer_than_all(problem)
+        apart = long or longer_than_all(problem)
         if not apart or (long and not again):
             raise
         if long and not problem.cost.recompute_bytes:
@@ -98,20 +98,20 @@ def where_needed(problem: Problem, make: Make, *, again: bool) -> Plan:
                 f"{error}; whether recomputation would help is unknown: the cost model's recompute_bytes is 0"
                 " (a profile of an older version: run hdp profile again)"
             ) from error
-        return _spread(problem, make, apart, again)
+        return spread(problem, make, apart, again=again)
     if not again or not made.offload or not problem.offload_hidden_only or not problem.cost.recompute_bytes:
         return made
     result = evaluate(made, problem.cost, problem.topology)
     if int(result.copying.max()) * SHOWS <= result.makespan or not (long := _too_long(problem, hidden=True)):
         return made
-    other = _spread(problem, make, long, again)
+    other = spread(problem, make, long, again=again)
     return min(made, other, key=lambda each: evaluate(each, problem.cost, problem.topology).makespan)
 
 
 def _too_long(problem: Problem, *, hidden: bool) -> list[int]:
     """Sequences that all ranks together do not hold, longest first; ``hidden``: at ratios whose copies hide."""
     found = []
-    for i in _longer_than_all(problem):
+    for i in longer_than_all(problem):
         length = int(problem.lengths[i])
         most = min(problem.offload, hidden_ratio(length, problem.cost)) if hidden else problem.offload
         if fewest_ranks(length, problem.capacity, problem.cost, most)[0] > problem.world_size:
@@ -119,16 +119,16 @@ def _too_long(problem: Problem, *, hidden: bool) -> list[int]:
     return found
 
 
-def _longer_than_all(problem: Problem) -> list[int]:
+def longer_than_all(problem: Problem) -> list[int]:
     """Sequences longer than world x capacity, longest first."""
     count = int(np.count_nonzero(problem.lengths > problem.world_size * problem.capacity))
     found: list[int] = problem.descending[:count].tolist()
     return found
 
 
-def _spread(problem: Problem, make: Make, sequences: list[int], again: bool) -> Plan:
-    """The sequences in slots of their own, the others as planned."""
-    most = _longer_than_all(problem)
+def spread(problem: Problem, make: Make, sequences: list[int], *, again: bool) -> Plan:
+    """``sequences`` in slots of their own, which all ranks share, the others as ``make`` plans them."""
+    most = longer_than_all(problem)
     while True:
         lightest = {n: _lightest(problem, i, again) for n, i in {int(problem.lengths[i]): i for i in sequences}.items()}
         spreads = [replace(lightest[int(problem.lengths[i])], sequence=i) for i in sequences]

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hdp.balance import CostModel, Link, Plan, PlanError, Topology, evaluate, plan
+from hdp.balance.bounds import step_bound
 from hdp.balance.cost import TICK
+from hdp.balance.distributions import draw_lengths
 from hdp.balance.memory import capacity_with, eq3, fewest_ranks, hidden_ratio, most_moved
-from hdp.balance.planners import PLANNERS, STOPPED_BY_TIME
+from hdp.balance.planners import PLANNERS, STOPPED_BY_TIME, make_problem
 from hdp.cli import main
 
 LAYERS, CAPACITY, RANKS = 18, 1000, 4
@@ -71,6 +73,37 @@ def test_copies_that_show_are_taken_only_if_nothing_else_fits() -> None:
         assert not made.offload
         made = plan([900, 4500, 50], TOPOLOGY, slow, capacity=CAPACITY, regime=regime, offload="auto")
         assert made.offload and evaluate(made, slow, TOPOLOGY).copying.max() > 0
+
+
+@pytest.mark.parametrize("regime", ["step", "slot"])
+def test_only_the_longest_document_leaves_where_copies_show(regime: str) -> None:
+    """One document that needs offload, 2,556 that do not: their micro-batches are not filled to the room that it needs."""
+    cost = replace(CostModel.from_shape("llama-7b", flops=400e12), copy_bandwidth=5e9)
+    topology = Topology(world_size=16)
+    lengths = [*draw_lengths("github", tokens=8_000_000, context=1 << 18, seed=1).tolist(), 170_000]
+    problem = make_problem(lengths, topology, cost, capacity=8192, regime=regime, planner="auto", offload="auto")
+    made = plan(lengths, topology, cost, capacity=8192, regime=regime, offload="auto")
+    made.validate()
+    assert evaluate(made, cost, topology).makespan <= 1.06 * step_bound(problem)
+
+
+@pytest.mark.parametrize("regime", ["step", "slot"])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_small_batches_that_offload_are_not_behind_the_others(regime: str, data: st.DataObject) -> None:
+    topology = Topology(world_size=data.draw(st.sampled_from([1, 2, 5, 8, 16])), ranks_per_node=4)
+    capacity = data.draw(st.sampled_from([7, 300, 4000]))
+    lengths = data.draw(st.lists(st.integers(1, 2 * capacity), min_size=1, max_size=20))
+    lengths.append(int(topology.world_size * capacity * data.draw(st.floats(0.5, 5.0))))
+    cost = replace(
+        CostModel.from_shape("llama-7b", flops=400e12, copy_bandwidth=data.draw(st.sampled_from([2e9, 20e9]))),
+        constant=data.draw(st.sampled_from([0.0, 1e-5, 1e-3])),
+    )
+    made = {}
+    for planner in ("auto", "static", "naive", "bytescale"):
+        one = plan(lengths, topology, cost, capacity=capacity, regime=regime, planner=planner, offload=1.0)
+        made[planner] = evaluate(one, cost, topology).makespan
+    assert made["auto"] <= 1 + 1.001 * min(made.values())
 
 
 def test_fewer_ranks_where_the_ring_would_show() -> None:
