@@ -129,6 +129,21 @@ class Activations:
                 f" for {first} and {last}: lower them, or plan with a cost model that has them (Activations.open does)"
             )
 
+    def _check_covers(self, micro_batch: MicroBatch | None) -> None:
+        """Raises ValueError where a policy for the whole job keeps what a plan counts on being elsewhere."""
+        if micro_batch is None or not needs_store(micro_batch):
+            return
+        moves = self.ratio if self.policy == "offload" else 0.0
+        if self.policy == "keep" or (
+            self.policy == "offload" and (micro_batch.recompute or moves < micro_batch.offload_ratio)
+        ):
+            again = ", and runs layers again" if micro_batch.recompute else ""
+            raise ValueError(
+                f"policy {self.policy!r} moves a ratio of {moves:g} out, but the plan fits a micro-batch of rank"
+                f" {micro_batch.rank} only with {micro_batch.offload_ratio:g}{again}: take policy {PLANNED!r}, or plan with"
+                ' offload="off" and recompute="off"'
+            )
+
     def around(self, model: nn.Module, micro_batch: MicroBatch | None, tokens: int) -> AbstractContextManager[object]:
         """The context for forward and backward of one micro-batch of ``tokens`` tokens."""
         policy, ratio, layers = self.policy, self.ratio, None
@@ -138,6 +153,8 @@ class Activations:
             layers = None if micro_batch is None else micro_batch.recompute_layers
             self._check_kept(micro_batch)
             policy = "recompute" if recomputes else "offload" if ratio > 0 else "keep"
+        else:
+            self._check_covers(micro_batch)
         if micro_batch is None or policy == "keep":
             return nullcontext()
         return self.store.micro_batch(

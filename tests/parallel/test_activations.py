@@ -88,6 +88,36 @@ def test_a_plan_that_offloads_needs_a_store(ranks):
     assert all("engine.activations = Activations" in text for text in ranks(2).run(planned, offload, (), False))
 
 
+def overruled(world: hdp.World) -> list[str]:
+    """Errors of policies for the whole job, under plans that need offload (0.5) and recomputation."""
+    made = []
+    for needs in ({"offload": ((0, 0, 0.5),)}, {"recompute": (0,)}):
+        plan = Plan.from_groups([90], [(0,)], [0], world_size=1, capacity=64, regime="step", planner="by hand", **needs)
+        made += plan.micro_batches(0)
+    found = []
+    with OffloadEngine([HostTier()]) as store:
+        for micro_batch in made:
+            for policy, ratio in (("keep", 1.0), ("offload", 0.4), ("offload", 0.5), ("recompute", 0.0), ("auto", 1.0)):
+                try:
+                    Activations(store=store, policy=policy, ratio=ratio)._check_covers(micro_batch)
+                except ValueError as error:
+                    found.append(f"{policy} {ratio}: {error}")
+    return found
+
+
+def test_a_policy_that_keeps_what_the_plan_moves_is_refused(ranks):
+    (found,) = ranks(1).run(overruled)
+    assert [text.partition(":")[0] for text in found] == [
+        "keep 1.0",
+        "offload 0.4",
+        "keep 1.0",
+        "offload 0.4",
+        "offload 0.5",
+    ]
+    assert "moves a ratio of 0.4 out, but the plan fits a micro-batch of rank 0 only with 0.5:" in found[1]
+    assert "only with 0, and runs layers again: take policy 'plan'" in found[2]
+
+
 def room(world: hdp.World, folder: str) -> tuple[int, int]:
     """Bytes that this rank may move out, and those that the disk has free."""
     with Activations.open(world, policy="auto", folder=folder) as activations:

@@ -193,7 +193,7 @@ def kept_layers(world: hdp.World, folder: str) -> Any:
                 (0, 0),
                 (3, 2),
                 (2, 1),
-            ):  # as many layers as planned, but not the same: no room
+            ):  # of the last, as many as planned, but a first one more
                 try:
                     replace(activations, keep_first=keep[0], keep_last=keep[1]).around(
                         engine.model, micro_batches[0], 75
