@@ -13,8 +13,8 @@ RATIOS = (0.3, 1.0, 4.0)
 KINDS = ("nic", "peer")
 WITHIN = 1.05
 """Pairs slower by more than this are not measured to the end."""
-ROUNDS = 5
-DUEL = {2048: 18, 4096: 10}
+ROUNDS = 4
+DUEL = {2048: 9, 4096: 5}
 """By tokens: more rounds of the choice and the two fastest others, which alone decide."""
 PAIRS = (
     "ring/ring",
