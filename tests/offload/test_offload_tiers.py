@@ -211,6 +211,8 @@ class Faulty(FileTier):
     """A disk that misbehaves after ``good`` requests of one kind."""
 
     fault, good = "", 3
+    gate: threading.Event | None = None
+    """What a write that fails waits for."""
 
     def _due(self, kind):
         if not self.fault.startswith(kind):
@@ -220,6 +222,8 @@ class Faulty(FileTier):
 
     def pwrite(self, data, offset):
         if self._due("write"):
+            if self.gate is not None:
+                assert self.gate.wait(60)
             if "full" in self.fault:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if "short" in self.fault:
@@ -279,9 +283,10 @@ def test_an_error_that_is_told_at_the_end_is_told_once(tmp_path, backward):
         tier.fault, tier.good = "write full", 1 << 30
         with engine.micro_batch(model, tokens=TOKENS):
             model(ids).backward()
-        tier.good = (1 << 30) - tier.good - 1  # all writes but the last
+        tier.good, tier.gate = (1 << 30) - tier.good - 1, threading.Event()  # all writes but the last
         with pytest.raises(OffloadError, match="No space left"), engine.micro_batch(model, tokens=TOKENS):
             loss = model(ids)
+            tier.gate.set()
             engine._copies.host_out.run(lambda: None).wait()
         tier.fault = ""
         if backward:

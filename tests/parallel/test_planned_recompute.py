@@ -133,9 +133,8 @@ def test_it_is_said_what_it_costs(ranks):
     assert [line.split()[0] for line in lines] == ["WARNING", "INFO"]
     for line in lines:
         assert "recompute: 1 of " in line and "% of the step)" in line
-        assert (
-            "document 1 of 180 tokens: more than all ranks hold as usual; 3 layers again" in line
-        )  # its place in the data
+        # Its place in the data:
+        assert "document 1 of 180 tokens: more than all ranks hold as usual; 3 layers again" in line
 
 
 def saved(world: hdp.World, again: int | None) -> tuple[int, int, float, float]:
@@ -150,14 +149,15 @@ def saved(world: hdp.World, again: int | None) -> tuple[int, int, float, float]:
             assert micro_batch.tokens == 90
             if again is not None:
                 batch = replace(batch, plan=replace(batch.plan, recompute_layers=(again,)))
+            (layers,) = batch.plan.recompute_layers
             if not recompute:
+                batch = replace(batch, plan=replace(batch.plan, recompute=(), recompute_layers=()))
                 activations = replace(activations, policy="offload")  # of which nothing leaves: it counts
             engine.activations = activations
             engine.forward_backward(batch)
             peaks.append(activations.store.meter.peak_device)
     assert world.assumptions is not None
     cost = world.assumptions.cost
-    layers = batch.plan.recompute_layers[0]
     assert recomputed_capacity(CAPACITY, cost.recomputing(layers)) >= 90
     spared = layers * (cost.activation_bytes - cost.recompute_bytes) * 90
     return peaks[0], peaks[1], spared, cost.activation_bytes * LAYERS * 90
