@@ -243,6 +243,7 @@ def over_hosts(args: argparse.Namespace) -> dict[str, float]:
     figures = {}
     for name, (regime, batch, capacity) in BATCHES.items():
         fit = json.dumps(run("fit", "--regime", regime))
+        print(f"{name}: {fit}", flush=True)
         seconds: dict[str, list[float]] = {"off": [], "auto": []}
         for offload in ("off", "auto", "auto", "off"):
             options = f"--regime {regime} --batch {batch} --capacity {capacity} --repeats 1".split()

@@ -191,6 +191,11 @@ def documents_of(batch: str, capacity: int) -> list[Tensor]:
     return [torch.randint(0, VOCABULARY, (n,), generator=generator) for n in lengths.tolist()]
 
 
+FIT_RUNS = 3
+"""Of each length, on every rank, one more to warm up: on one rank alone the quadratic term differed by 1.8 times, enough for
+other plans."""
+
+
 def fit(world: hdp.World, regime: str, folder: str) -> dict:
     """Seconds of a whole local micro-batch, forward and backward, by length: least squares of a s^2 + b s + c.
 
@@ -209,9 +214,9 @@ def fit(world: hdp.World, regime: str, folder: str) -> dict:
             planner=functools.partial(whole, regime=regime),
         )
         batch = next(iter(loader))
-        runs = [engine.forward_backward(batch) for _ in range(4)]
-        seconds.append(statistics.median(run.busy_seconds[world.rank] for run in runs[1:]))
-        shown.append(statistics.median(run.wait_seconds[world.rank] for run in runs[1:]))
+        runs = [engine.forward_backward(batch) for _ in range(1 + FIT_RUNS)]
+        seconds.append(float(np.median([run.busy_seconds for run in runs[1:]])))
+        shown.append(float(np.median([run.wait_seconds for run in runs[1:]])))
     columns = np.array([[n * n, n, 1.0] for n in lengths]) / np.array(seconds)[:, None]
     gather = statistics.median(shown) if regime == "slot" else 0.0
     a, b, c = np.linalg.lstsq(columns, np.ones(len(lengths)), rcond=None)[0]
