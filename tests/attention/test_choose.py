@@ -69,12 +69,12 @@ MESH = ("ring", "ring_q", "token_ring", "direct")
         (("ulysses_home:2", "ulysses_home:2"), case(communication=1)),
         (("ulysses_home:2", "ulysses_home:2"), case(size=2, communication=1, element=4)),
         # A mesh of links: everybody from everybody at once, in slices of heads.
-        (("all_gather:4", "all_gather:4"), case(heads=(32, 4), kind="peer", communication=4)),
+        (("all_gather:2", "all_gather:4"), case(heads=(32, 4), kind="peer", communication=4)),
         # Two sizes of mesh without all-to-all schedules: queries travel for MHA, keys for GQA.
         (("token_ring", "token_ring"), case(kind="peer", communication=4, element=4, allowed=MESH, kept_limit=0)),
         (("ring", "ring"), case(heads=(32, 8), kind="peer", communication=4, allowed=("ring", "ring_q", "token_ring"))),
         # Fast nodes, slow links between them: heads inside, context across.
-        (("hybrid:4", "hybrid:4"), case(size=16, communication=4, inner=8, nodes=nodes_of(4, 16))),
+        (("hybrid:4", "hybrid:4"), case(size=16, heads=(32, 8), communication=4, inner=8, nodes=nodes_of(4, 16))),
         # The same with a single key/value head, which is not worth dealing out: two rings.
         (
             ("double_ring:4", "double_ring:4"),
@@ -138,7 +138,7 @@ def test_one_direction_may_be_fixed(direction: str, name: str) -> None:
             with contextlib.suppress(ValueError):  # pairs that do not go together
                 get_pair(forward, backward)
                 pair = predict(forward, free, backward=False), predict(backward, free, backward=True)
-                assert chosen.seconds <= 1.011 * sum(p.seconds for p in pair)
+                assert chosen.seconds <= 1.031 * sum(p.seconds for p in pair)
         get_pair(*chosen.names)
 
 
@@ -178,7 +178,22 @@ def test_nothing_allowed_is_cheaper(
         same = replace(c, length=_rounded(c.length))
         alone: Prediction = predict(name, same, backward=True)
         first = "ring" if name == "ring_q" else name
-        assert chosen.seconds <= 1.011 * (alone.seconds + predict(first, same, backward=False).seconds)
+        assert chosen.seconds <= 1.031 * (alone.seconds + predict(first, same, backward=False).seconds)
+
+
+def test_a_slice_more_must_be_worth_its_messages() -> None:
+    """Two slices of heads send the same bytes in more messages: taken where they are shorter by more than 3 %."""
+    taken = set()
+    for communication in (0.01, 0.03, 0.1, 0.2, 0.4, 0.8):
+        c = case(communication=communication)
+        one, two = (
+            sum(predict(name, c, backward=backward).seconds for backward in (False, True))
+            for name in ("ulysses_home", "ulysses_home:2")
+        )
+        names = choose(replace(c, allowed=("ulysses_home", "ulysses_home:2"))).names
+        taken.add(wanted := "ulysses_home" if one <= 1.03 * min(one, two) else "ulysses_home:2")
+        assert names == (wanted, wanted), communication
+    assert len(taken) == 2
 
 
 def _rounded(length: int) -> int:
