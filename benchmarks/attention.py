@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attention_grid import auto_grid
+from attention_grid import auto_grid, middle
 from scipy.optimize import nnls
 
 from hdp.attention.choose import Case, Links, Rates, choose
@@ -121,12 +121,6 @@ class Speed:
 
 def spread(values: Sequence[float]) -> str:
     return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def middle(values: Sequence[float]) -> float:
-    """Mean of the middle half: steadier than the median where a CPU quota makes steps long or short by turns."""
-    ordered, quarter = sorted(values), len(values) // 4
-    return statistics.fmean(ordered[quarter : len(ordered) - quarter])
 
 
 def sent(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: bool) -> list[float]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from attention_grid import middle
 from torch import Tensor
 
 import hdp
@@ -69,7 +70,7 @@ class Job:
     """Candidates that are measured to the end all the same."""
     duel: int = 0
     """More rounds, at the end, of ``keep`` and the two others that were fastest, timed apart (``again``): which of many is
-    fastest is partly luck, and luck does not come twice."""
+    fastest is partly luck, and luck does not come twice. Three times as many where the first of ``keep`` is behind."""
 
 
 class Bench:
@@ -250,15 +251,19 @@ def run_job(settings: dict[str, Any], world: hdp.World) -> dict[str, dict[str, l
     found: dict[str, dict[str, list]] = {
         name: {"seconds": [], "cpu": [], "sent": [], "again": []} for name in job.candidates
     }
+    warm: dict[str, float] = {}
     for number in range(job.rounds + 1):
         for name in in_turn(running(job, found), number):
             measured = bench.measure(name)
-            if number:  # the first warms up
+            warm[name] = warm.get(name, measured["seconds"])
+            if number or is_hopeless(job, name, warm):  # the first warms up
                 for what, value in measured.items():
                     found[name][what].append(value)
     fastest = sorted(job.candidates, key=lambda name: statistics.median(found[name]["seconds"]))
     finalists = [*job.keep, *[name for name in fastest if name not in job.keep][:2]]
-    for number in range(job.duel):
+    for number in range(3 * job.duel):
+        if number == job.duel and not is_behind(finalists, found):
+            break
         for name in in_turn(finalists, number):
             found[name]["again"].append(bench.measure(name)["seconds"])
     if dense:
@@ -272,11 +277,28 @@ def in_turn(names: list[str], number: int) -> list[str]:
     return names[at:] + names[:at]
 
 
+HOPELESS = 1.5
+BEHIND = 1.02
+
+
+def is_hopeless(job: Job, name: str, warm: dict[str, float]) -> bool:
+    """Whether a candidate was so slow when it warmed up that it is not measured again; the first ones are."""
+    return job.within is not None and name not in job.keep and warm[name] > HOPELESS * min(warm.values())
+
+
+def is_behind(finalists: list[str], found: dict[str, dict[str, list]]) -> bool:
+    """Whether the first of them is slower than another by more than what is measured often enough already."""
+    first, *others = (middle(found[name]["again"]) for name in finalists)
+    return first > BEHIND * min(others)
+
+
 def running(job: Job, found: dict[str, dict[str, list]]) -> list[str]:
     """Candidates that are measured in the next round; the same on every rank, for all know the same seconds."""
     rounds = {name: times["seconds"] for name, times in found.items()}
-    if job.within is None or not all(rounds.values()):
+    if job.within is None or not any(rounds.values()):
         return job.candidates
+    if not all(rounds.values()):  # after warming up: all but the hopeless
+        return [name for name in job.candidates if not rounds[name]]
     limit = job.within * min(map(statistics.median, rounds.values()))
     return [name for name in job.candidates if name in job.keep or min(rounds[name]) <= limit]
 
