@@ -16,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hdp.attention.checkpoint import keep_attention
     from hdp.attention.huggingface import register as register_attention
     from hdp.attention.op import attend
     from hdp.attention.route import Route, RouteShard
@@ -52,6 +53,7 @@ _LAZY = {
     "World": "hdp.parallel.world",
     "attend": "hdp.attention.op",
     "init": "hdp.parallel.world",
+    "keep_attention": "hdp.attention.checkpoint",
     "make_plan": "hdp.balance",
     "register_attention": "hdp.attention.huggingface:register",
     "shard": "hdp.parallel.fsdp",
@@ -75,6 +77,7 @@ __all__ = [
     "World",
     "attend",
     "init",
+    "keep_attention",
     "make_plan",
     "register_attention",
     "replicate",
@@ -82,7 +85,12 @@ __all__ = [
 ]
 
 
+_FOLDERS = ("data", "offload", "report")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return importlib.import_module(f"hdp.{name}")
     if name in _LAZY:
         module, _, attribute = _LAZY[name].partition(":")
         return getattr(importlib.import_module(module), attribute or name)

@@ -82,7 +82,8 @@ class Collectives:
     """Reductions are waited for at the end of the step. False: at once, as with mixed precision whose reductions are cast,
     with parameters in host memory, with HSDP."""
     recomputes: bool = False
-    """Gradient checkpointing that does not keep attention's outputs: backward of a layer sends its forward messages again."""
+    """Checkpointing that does not keep attention's outputs (torch's wrapper): backward of a layer sends its forward messages
+    again."""
     layers: int = 2
 
     @property

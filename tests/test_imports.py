@@ -97,3 +97,9 @@ def test_what_attend_takes_is_public_beside_it():
 
     for name in ("Route", "RouteShard", "attend"):
         assert name in hdp.__all__ and getattr(hdp, name) is getattr(hdp.attention, name)
+
+
+def test_folders_with_names_of_their_own_load_on_first_use():
+    code = "import hdp; hdp.data.open_documents; hdp.report.launch; hdp.offload.FileTier"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert not done.returncode, done.stderr

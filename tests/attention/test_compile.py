@@ -10,10 +10,11 @@ import torch
 import torch._dynamo
 from harness import Ranks
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from hdp.attention import AttentionRuntime, Route, RouteShard, attend
 from hdp.attention.channel import VirtualNetwork
+from hdp.attention.checkpoint import keep_attention
 
 CPU = torch.device("cpu")
 HEADS, KEYS, DIM = 4, 2, 8
@@ -98,12 +99,6 @@ def test_micro_batches_of_any_length_compile_nothing_new(dynamic: bool | None, s
     assert not counters["graph_break"]
 
 
-def keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Saves what the operator returns; everything else is computed again."""
-    keep = op == torch.ops.hdp.attend.default
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
 def recomputed(world: Any, keeps: bool) -> tuple[int, int, bool]:
     """Messages of forward and of backward with recomputation, and whether the gradients are the same."""
     layer, channel = Layer(), world.channel
@@ -112,7 +107,7 @@ def recomputed(world: Any, keeps: bool) -> tuple[int, int, bool]:
     route = Route(world.runtime, [shard])
     plain = step(layer, x, route)
     begin = channel.messages
-    contexts = {"context_fn": lambda: create_selective_checkpoint_contexts(keep_attention)} if keeps else {}
+    contexts = {"context_fn": keep_attention} if keeps else {}
     layer.zero_grad()
     out = checkpoint(layer, x.requires_grad_(), route, use_reentrant=False, **contexts)
     forward = channel.messages - begin

@@ -69,6 +69,37 @@ def test_gradients_are_exact(ranks, name, way):
         assert max(errors.values()) <= 1e-5, errors
 
 
+def kept(world: hdp.World, name: str, way: str) -> tuple[int, Any]:
+    """Messages of a step, and its gradients."""
+    model = make_model()
+    if way == "of one's own":
+        keeping = {"use_reentrant": False, "context_fn": hdp.keep_attention}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keeping)
+    elif way != "none":
+        WAYS[way](model)
+    model.train()
+    engine = make_engine(world, name, model)
+    batch = plan_batch(world, engine, make_documents(LENGTHS), CAPACITY, planner="naive")
+    before = world.channel.messages
+    engine.forward_backward(batch)
+    found = {key.replace(WRAPPER, ""): gradient for key, gradient in full_gradients(engine).items()}
+    return world.channel.messages - before, found
+
+
+@pytest.mark.parametrize("name", ["fsdp-step", "fsdp-slot", "ddp", "zero1"])
+def test_what_runs_again_sends_nothing(ranks, name):
+    """transformers' switch, and a policy that is given: as many messages as without. Torch's wrapper knows of none."""
+    _, exact = exact_gradient("gqa", make_documents(LENGTHS))
+    sent = {}
+    for way in ("none", "transformers_switch", "of one's own", "torch_wrapper"):
+        found = ranks(2).run(kept, name, way)
+        sent[way] = sum(messages for messages, _ in found)
+        for _, gradients in found:
+            assert max(gradient_errors(gradients, exact).values()) <= 1e-5
+    assert sent["none"] == sent["transformers_switch"] == sent["of one's own"] > 0
+    assert sent["torch_wrapper"] > sent["none"]
+
+
 def refused(world: hdp.World) -> str:
     with pytest.raises(ValueError, match="use_reentrant=True does not work with DDP") as error:
         step(world, *REFUSED)

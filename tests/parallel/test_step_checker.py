@@ -11,6 +11,7 @@ from engines import CollectiveRecorder, make_engine, make_model, plan_batch, reg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_documents
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 import hdp
@@ -164,9 +165,11 @@ REAL: dict[str, tuple[int, Collectives, dict[str, Any]]] = {
     "fsdp-step": (2, Collectives(), {}),
     "fsdp-step, bf16": (2, Collectives(), {"bf16": True}),
     "fsdp-step, host memory": (2, Collectives(deferred=False), {"offload": True}),
-    "fsdp-step, checkpointing": (2, Collectives(recomputes=True), {"checkpointing": True}),
+    "fsdp-step, checkpointing": (2, Collectives(), {"checkpointing": True}),  # keeps what attention gave
+    "fsdp-step, torch's checkpointing": (2, Collectives(recomputes=True), {"wrapped": True}),
     "fsdp-slot": (2, Collectives(), {}),
-    "fsdp-slot, checkpointing": (2, Collectives(recomputes=True), {"checkpointing": True}),
+    "fsdp-slot, checkpointing": (2, Collectives(), {"checkpointing": True}),
+    "fsdp-slot, torch's checkpointing": (2, Collectives(recomputes=True), {"wrapped": True}),
     "fsdp-slot, host memory": (2, Collectives(deferred=False), {"offload": True}),
     "hsdp-step": (4, Collectives(shards=((0, 1), (2, 3)), deferred=False), {}),
     "hsdp-slot": (4, Collectives(shards=((0, 1), (2, 3)), deferred=False), {}),
@@ -192,6 +195,8 @@ def record(world: hdp.World, name: str, plan: Plan, options: dict[str, Any]) -> 
             layer.self_attn.register_forward_pre_hook(partial(_windowed, reach), with_kwargs=True)
     if options.pop("checkpointing", False):
         model.gradient_checkpointing_enable()
+    if options.pop("wrapped", False):
+        apply_activation_checkpointing(model, check_fn=lambda module: module in set(model.model.layers))
     if options.pop("offload", False):
         policy = CPUOffloadPolicy(pin_memory=False)
         engine = hdp.shard(model, world, regime=regime_of(name), offload_policy=policy)
