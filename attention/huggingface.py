@@ -28,7 +28,11 @@ _OUTSIDE = frozenset({"output_attentions", "position_bias", "cache", "num_items_
 
 
 def register() -> None:
-    """Makes ``attn_implementation="hdp"`` known to transformers. Called by ``import hdp`` users once; repeating is harmless."""
+    """Makes ``attn_implementation="hdp"`` known to transformers; repeating is harmless.
+
+    ``hdp.init`` calls it: needed only where a model is made before, or without. Raises ModuleNotFoundError
+    without transformers.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, hdp_attention)
@@ -62,8 +66,8 @@ _PATTERN_NAMES = {
 def hdp_mask(*arguments: Any, **keywords: Any) -> Tensor | None:
     """transformers' mask interface: that of ``sdpa``; in a planned batch an empty mask, if it can do without.
 
-    The empty mask is as wide as a causal sliding window that the pattern has: some models (Phi-MoE, Qwen2-MoE) tell attention
-    of it in no other way.
+    The empty mask is as wide as a sliding window that the pattern has: some models (Phi-MoE, Qwen2-MoE) tell attention of it in
+    no other way. Its second dimension says whether queries see later keys: 1 no, 2 yes.
 
     Raises:
         ValueError: in a planned batch, a pattern that is more than causal, bidirectional or a sliding window.
@@ -74,24 +78,28 @@ def hdp_mask(*arguments: Any, **keywords: Any) -> Tensor | None:
     if given is None or given.dim() != 2 or given.shape[-1]:
         return sdpa_mask(*arguments, **keywords)
     config = keywords.get("config")
-    for pattern in _patterns(keywords["mask_function"], getattr(config, "use_bidirectional_attention", False) is True):
+    patterns = _patterns(keywords["mask_function"], getattr(config, "use_bidirectional_attention", False) is True)
+    for pattern in patterns:
         if pattern not in _PATTERNS:
             name = _PATTERN_NAMES.get(pattern, f"the attention pattern {pattern!r}")
             raise ValueError(
                 f"{name} ({type(config).__name__}) is not supported in a planned batch: each layer's attention must be causal"
                 " or bidirectional, whole or in a sliding window"
             )
-    return torch.empty((1, 1, 0, _window(keywords["mask_function"])), dtype=torch.bool, device=given.device)
+    ways = 2 if any("bidirectional" in pattern for pattern in patterns) else 1
+    return torch.empty((1, ways, 0, _window(keywords["mask_function"])), dtype=torch.bool, device=given.device)
 
 
 def _window(function: Callable[..., Any]) -> int:
-    """Tokens of the narrowest causal sliding window among what a mask function is made of; 0: none."""
+    """Tokens of the narrowest sliding window among what a mask function is made of, a query's own included; 0: none."""
     cells = {
         name: cell.cell_contents
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     }
     if function.__qualname__.startswith("sliding_window_overlay."):
         return int(cells["sliding_window"])
+    if function.__qualname__.startswith("sliding_window_bidirectional_overlay."):
+        return int(cells["sliding_window"]) + 1  # this one counts without the query's own
     if not function.__qualname__.startswith("and_masks."):
         return 0
     windows = [_window(part) for parts in cells.values() for part in parts]
@@ -143,6 +151,7 @@ def hdp_attention(
     _refuse(query, attention_mask, dropout, keywords)
     window = _agreed_window(attention_mask, sliding_window)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    _check_direction(module, attention_mask, bool(causal))
     device = query.device.type
     if torch.is_autocast_enabled(device):  # rotations leave queries and keys wider than values; sdpa casts them, too
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
@@ -182,11 +191,22 @@ def _agreed_window(mask: Tensor | None, told: int | None) -> int | None:
     width = mask.shape[-1] if mask is not None and mask.dim() == 4 else 0
     if not width or told is None:
         return told or width or None
+    if mask is not None and mask.shape[1] == 2:
+        return width  # told is the config's number, which models take in either way
     if width < told:
         raise ValueError(
             f"a layer has a sliding window of {told} tokens, and its mask one of {width}: both must be the same"
         )
     return told
+
+
+def _check_direction(module: torch.nn.Module, mask: Tensor | None, causal: bool) -> None:
+    if mask is not None and mask.dim() == 4 and (mask.shape[1] == 2) == causal:
+        layer, made = ("causal", "bidirectional") if causal else ("bidirectional", "causal")
+        raise ValueError(
+            f"{type(module).__name__} is {layer} and its mask is {made}: both must be the same (config.is_causal, the"
+            " layer's is_causal)"
+        )
 
 
 def _refuse(query: Tensor, attention_mask: Tensor | None, dropout: float, keywords: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "parallel"))
 from tiny import make_documents, make_model
+from transformers import MistralConfig, MistralForCausalLM
 
 from hdp.attention import attend
 from hdp.attention.channel import VirtualNetwork
@@ -90,6 +92,40 @@ def test_a_planned_batch_keeps_documents_apart(models):
     packed = planned(models[0], lengths)
     alone = torch.cat([models[1](input_ids=ids[None]).logits[0] for ids in make_documents(lengths)])
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_model_that_is_told_to_see_later_tokens(window):
+    """``config.is_causal``, with and without a window that counts in another way than causal ones do."""
+    lengths = [11, 30, 1, 7]
+    config = MistralConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=window, is_causal=False, initializer_range=0.3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    ours = MistralForCausalLM(config).eval()
+    theirs = copy.deepcopy(ours)
+    ours.set_attn_implementation("hdp")
+    theirs.set_attn_implementation("eager")
+    packed = planned(ours, lengths)
+    alone = torch.cat([theirs(input_ids=ids[None]).logits[0] for ids in make_documents(lengths)])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+    ours.config.is_causal = True
+    assert not torch.allclose(planned(ours, lengths), packed, atol=1e-2)
+
+
+def test_a_layer_and_a_mask_that_disagree_are_refused(models):
+    attention = models[0].model.layers[0].self_attn
+    forward = attention.forward
+    attention.forward = lambda *args, **keywords: forward(*args, **{**keywords, "is_causal": False})
+    try:
+        with pytest.raises(
+            ValueError, match="LlamaAttention is bidirectional and its mask is causal: both must be the same"
+        ):
+            planned(models[0], [11, 7])
+    finally:
+        del attention.forward
 
 
 REFUSED = [
