@@ -64,7 +64,7 @@ class ParameterStorages:
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     for tensor in (*module.parameters(), *module.buffers()):
-        yield _local(tensor)
+        yield local_of(tensor)
     for child in module.modules():
         yield from _fsdp_tensors(child)
 
@@ -81,9 +81,10 @@ def _fsdp_tensors(module: nn.Module) -> Iterator[Tensor]:
             yield from param.all_gather_outputs
             unsharded = getattr(param, "_unsharded_param", None)
             if unsharded is not None:
-                yield _local(unsharded)
+                yield local_of(unsharded)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_of(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that is spread over several; else the tensor."""
     local = getattr(tensor, "_local_tensor", None)
     return local if isinstance(local, torch.Tensor) else tensor

@@ -8,6 +8,8 @@ freed one's address can never be taken for it.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,6 +103,15 @@ class Record:
         return (0 if self.flat is None else self.nbytes) + (0 if self.rest is None else self.rest.numel())
 
 
+def spread_of(whole: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes a tensor of several ranks again of this one's part."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(whole, DTensor)
+    fields = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
+    return partial(DTensor.from_local, device_mesh=whole.device_mesh, placements=whole.placements, **fields)
+
+
 class Handle:
     """What autograd holds instead of a saved tensor."""
 
@@ -114,11 +125,16 @@ class Handle:
         "probe",
         "record",
         "size",
+        "spread",
         "stride",
         "visit",
     )
 
-    def __init__(self, tensor: Tensor, owner: MicroBatch, visit: int, record: Record | None) -> None:
+    def __init__(
+        self, tensor: Tensor, owner: MicroBatch, visit: int, record: Record | None, whole: Tensor | None = None
+    ) -> None:
+        """``whole``: the tensor of several ranks (tensor parallelism) of which ``tensor`` is this one's part."""
+        self.spread = None if whole is None or whole is tensor else spread_of(whole)
         self.record: Record | None = None
         self.owner = owner
         self.visit = visit
@@ -138,7 +154,8 @@ class Handle:
     def view_of(self, flat: Tensor) -> Tensor:
         """The saved tensor on the storage of ``flat``."""
         tensor = torch.empty(0, dtype=self.dtype, device=flat.device)
-        return tensor.set_(flat.untyped_storage(), self.offset, self.size, self.stride)  # type: ignore[call-overload,no-any-return]
+        part: Tensor = tensor.set_(flat.untyped_storage(), self.offset, self.size, self.stride)  # type: ignore[call-overload]
+        return part if self.spread is None else self.spread(part)
 
     def __del__(self) -> None:
         # Any thread, any moment, possibly inside the engine: a deque's append takes no lock.

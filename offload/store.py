@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hdp.offload.buffers import BufferPool
 from hdp.offload.errors import OffloadError
 from hdp.offload.meter import Meter
-from hdp.offload.parameters import ParameterStorages
+from hdp.offload.parameters import ParameterStorages, derives_from_parameter, local_of
 from hdp.offload.records import Handle, Record, State
 from hdp.offload.split import copy_bytes, make_split
 from hdp.offload.streams import Copies, Done, without_frames
@@ -62,8 +62,9 @@ class ActivationStore:
         with self.lock:
             self.settle()
             self.raise_error()
-            if not self._is_activation(tensor):
-                return Handle(tensor, owner, visit, None)
+            whole, tensor = tensor, local_of(tensor)
+            if not self._is_activation(tensor) or (tensor is not whole and derives_from_parameter(whole)):
+                return Handle(whole, owner, visit, None)
             record = self._find(tensor)
             if record is None:
                 record = Record(tensor, visit, self._epoch)
@@ -71,7 +72,7 @@ class ActivationStore:
                 self.meter.add(record.nbytes)
                 if ratio > 0.0 and record.nbytes >= self._min_bytes:
                     self._leave(record, tensor, ratio, owner.tokens, owner.may_stay)
-            return Handle(tensor, owner, visit, record)
+            return Handle(tensor, owner, visit, record, whole)
 
     def _is_activation(self, tensor: Tensor) -> bool:
         plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from engines import CollectiveRecorder, full_gradients, plan_batch
 from tiny import exact_gradient, gradient_errors, make_documents, make_model
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import hdp
+from hdp.offload import HostTier, OffloadEngine
 
 CAPACITY = 64
 
@@ -54,6 +58,26 @@ def test_gradients_are_exact(ranks, exactness, lengths, regime):
         worst = max(errors, key=errors.__getitem__)
         exactness(f"world 2 x 2, {len(lengths)} documents, naive, gqa, {regime}, tensor parallel", errors[worst], worst)
         assert errors[worst] <= 1e-5, f"{worst}: {errors[worst]:.2e}"
+
+
+def offloaded(world: hdp.World, is_split: bool) -> Any:
+    """Bytes that leave, and gradients, of layers whose tensors are spread over a mesh (of one rank), or plain."""
+    model = make_model("gqa")
+    if is_split:
+        split(model, SimpleNamespace(mesh={"tp": init_device_mesh("cpu", (1,))}))
+    ids = make_documents([120])[0][None]
+    with OffloadEngine([HostTier()], min_bytes=64) as store:
+        with store.micro_batch(model, policy="offload", ratio=1.0, tokens=120, keep_first=0, keep_last=0):
+            model(ids, labels=ids, use_cache=False).loss.backward()
+        grads = {name: getattr(p.grad, "_local_tensor", p.grad) for name, p in model.named_parameters()}
+        return store.meter.left, store.meter.peak_device, grads
+
+
+def test_what_is_spread_over_ranks_leaves_as_well(ranks):
+    ((left, peak, exact),) = ranks(1).run(offloaded, False)
+    ((also, beside, found),) = ranks(1).run(offloaded, True)
+    assert (also, beside) == (left, peak) and left > 0
+    assert all(torch.equal(found[name], gradient) for name, gradient in exact.items())
 
 
 def refuse(world: hdp.World) -> str:
