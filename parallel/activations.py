@@ -29,11 +29,16 @@ PLANNED = "plan"
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """How an engine treats saved activations. The caller owns ``store`` and closes it."""
+    """How an engine treats saved activations. The caller owns ``store`` and closes it.
+
+    Raises:
+        ValueError: an unknown policy, a ratio outside 0 to 1, a ``memo_fraction`` without policy ``memo`` or none with it.
+    """
 
     store: OffloadEngine
     policy: str = PLANNED
-    """``"plan"``: each micro-batch as planned; else one of ``hdp.offload.POLICIES`` for all of them."""
+    """``"plan"``: each micro-batch as planned; else one of ``hdp.offload.POLICIES`` for all of them. ``auto`` follows the plan
+    where a micro-batch fits only so."""
     ratio: float = 1.0
     """Fraction that leaves under ``offload`` and ``recompute``, and at most under ``auto``; 0 to 1."""
     keep_first: int = 1
@@ -71,11 +76,13 @@ class Activations:
         that keep everything.
 
         Args:
+            policy, ratio, memo_fraction, keep_first, keep_last: as of the class.
             folder: on a local disk; None: no disk tier. With ``ratio`` 0 nothing leaves and none is needed.
             host_bytes: pinned host memory that this rank may use, on GPUs; None: as much as there is, 0: none.
 
         Raises:
-            ValueError: an unknown policy, or no tier: on a CPU only a folder frees memory.
+            ValueError: as the class, or no tier: on a CPU only a folder frees memory.
+            OffloadError: a folder that cannot take activations.
         """
         check_policy(policy)
         store = None
@@ -147,7 +154,9 @@ class Activations:
     def around(self, model: nn.Module, micro_batch: MicroBatch | None, tokens: int) -> AbstractContextManager[object]:
         """The context for forward and backward of one micro-batch of ``tokens`` tokens."""
         policy, ratio, layers = self.policy, self.ratio, None
-        if policy == PLANNED:
+        if policy == PLANNED or (
+            policy == "auto" and needs_store(micro_batch)
+        ):  # what the plan needs is not weighed again
             ratio = 0.0 if micro_batch is None else micro_batch.offload_ratio
             recomputes = micro_batch is not None and micro_batch.recompute
             layers = None if micro_batch is None else micro_batch.recompute_layers
@@ -200,15 +209,23 @@ def _measure(world: World, store: OffloadEngine, host_bytes: int | None) -> None
     found = store.measure(barrier=lambda: dist.barrier(group=world.control), slowest=slowest)
     if world.assumptions is not None:
         share = _disk_share(world, store)
+        host = _least(world, host_bytes or 0)
         on_gpu = any(isinstance(tier, HostTier) for tier in store.chain.tiers)
         cost = replace(
             world.assumptions.cost,
             copy_bandwidth=found.least,
             # Without a limit to host memory (0) there is none to all tiers; without host memory the disk is all there is.
-            host_memory=float((host_bytes or 0) if on_gpu else share),
-            disk_memory=float(share if on_gpu and host_bytes else 0),
+            host_memory=float(host if on_gpu else share),
+            disk_memory=float(share if on_gpu and host else 0),
         )
         world.assumptions = replace(world.assumptions, cost=cost)
+
+
+def _least(world: World, value: int) -> int:
+    """Over all ranks, for plans must be equal."""
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MIN, group=world.control)
+    return int(found)
 
 
 def _processes_per_node(world: World) -> int:

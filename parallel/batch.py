@@ -20,6 +20,8 @@ Document = Tensor | np.ndarray | list | Mapping[str, Any]
 class Documents(Protocol):
     """A sequence of documents: token ids, or a mapping with ``input_ids`` and perhaps ``labels`` and ``loss_weights``.
 
+    Each [tokens]: ids and labels integers, labels not shifted and -100 where none counts, weights floats.
+
     An attribute ``lengths`` (int64, one a document) lets batches be planned without reading them.
     """
 
@@ -33,8 +35,11 @@ class PlannedBatch:
     """One global batch. Equal on all ranks; a rank reads only the documents that it has a part of."""
 
     step: int
+    """Of the loader, from 0."""
     plan: Plan
+    """Who computes which part of which sequence, and when."""
     documents: Documents
+    """All that the loader has."""
     indices: tuple[int, ...]
     """Document of each sequence of the plan."""
     label_tokens: int
@@ -46,6 +51,7 @@ class PlannedBatch:
 
     @property
     def tokens(self) -> int:
+        """Of the whole global batch."""
         return int(self.plan.lengths.sum())
 
 
@@ -165,6 +171,12 @@ class MicroBatchInputs:
     """Document of each sequence, for messages."""
     counts: tuple[int, ...]
     """Tokens of each sequence here."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """[tokens] How long the whole document of each token is."""
+        shards = torch.tensor([shard.length for shard in self.route.shards])
+        return torch.repeat_interleave(shards, torch.tensor(self.counts)).to(self.input_ids.device)
 
     def document_with(self, tensor: Tensor, value: int) -> int:
         """The document in which one of the token tensors first has ``value``."""

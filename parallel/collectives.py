@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
-from torch.distributed.tensor import DTensor
+
+from hdp.parallel.gradients import has_hook, local
 
 Waits = list[tuple[float, float]]
 
@@ -91,11 +92,6 @@ class ReduceScatter(DefaultReduceScatter):
         return work
 
 
-def has_hook(parameter: nn.Parameter) -> bool:
-    """Whether somebody reads the gradient as soon as it is there, such as an optimizer inside the backward pass."""
-    return bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
-
-
 class Beside:
     """Launches the collectives of FSDP2 modules beside computation, and knows what is under way.
 
@@ -111,7 +107,7 @@ class Beside:
     def __init__(self, modules: list[FSDPModule], waits: Waits, *, reductions: bool, layer_by_layer: bool) -> None:
         self.modules, self.waits, self.allowed = modules, waits, reductions
         self.most = MOST_PENDING if layer_by_layer else 0
-        self.running = self.failed = False
+        self.running = False
         self.pending: list[tuple[TimedWork, Tensor]] = []  # with the input, which must live as long
         self.aside: dict[nn.Parameter, Tensor] = {}
         self.gathers: list[AllGather] = []
@@ -124,24 +120,20 @@ class Beside:
             for module, following in itertools.pairwise(modules):
                 module.set_modules_to_forward_prefetch([following])
 
-    def begin(self) -> None:
-        """Before a step. After one that failed FSDP2 is told to forget what is under way."""
-        if self.failed:
-            self.modules[0].reset_iter_state()
-            for gather in self.gathers:
-                gather.last = None
-        self.failed, self.running = False, self.allowed
+    def begin(self, *, reduces: bool) -> None:
+        """Before a step, or an evaluation, which reduces nothing."""
+        self.running = self.allowed and reduces
 
     def abandon(self) -> None:
-        """The step failed: gradients are as before it, if no whole micro-batch has been added yet. Waits for nobody."""
+        """The step failed, and what it has added up is forgotten. Waits for nobody."""
         self.pending.clear()
-        if self.running:
-            for module in self.modules:
-                for parameter in sharded_parameters(module):
-                    if not has_hook(parameter):
-                        parameter.grad = self.aside.get(parameter)
         self.aside.clear()
-        self.failed, self.running = True, False
+        self.running = False
+
+    def forget(self) -> None:
+        """After a step that failed: FSDP2 has forgotten what was under way."""
+        for gather in self.gathers:
+            gather.last = None
 
     def gather(self) -> None:
         """Launches the gathers of all modules; each is waited for where its module runs."""
@@ -194,9 +186,13 @@ def sharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
     return [p.sharded_param for group in module._get_fsdp_state()._fsdp_param_groups for p in group.fsdp_params]
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def forget_gradients(module: FSDPModule) -> None:
+    """Those of whole parameters that were to be reduced with later micro-batches (guarded: these names are not public)."""
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if (whole := getattr(parameter, "_unsharded_param", None)) is not None:
+                whole.grad = None
 
 
 def reduced_as_stored(model: nn.Module, policy: MixedPrecisionPolicy) -> bool:

@@ -19,6 +19,7 @@ from hdp.balance.plan import Plan
 from hdp.parallel.arrangement import Arrangement, Work, works
 from hdp.parallel.batch import MicroBatchInputs
 from hdp.parallel.engine import Engine
+from hdp.parallel.gradients import Earlier
 from hdp.parallel.models import check_no_tensor_parallel, check_trained_dtype, check_unwrapped
 from hdp.parallel.world import World
 
@@ -32,6 +33,7 @@ class DDPEngine(Engine):
         super().__init__(model, world)
         self.wrapper = wrapper
         self._reduces = True
+        self._earlier = Earlier(copied=True)  # buckets are reduced whole: what is there would count once a rank
         wrapper.register_comm_hook(None, sum_bucket)
 
     def _works(self, plan: Plan) -> list[Work]:
@@ -42,6 +44,15 @@ class DDPEngine(Engine):
 
     def _begin(self) -> None:
         check_recomputation(self.model)
+        if torch.is_grad_enabled():
+            self._earlier.put_aside(self.model.parameters())
+
+    def _end(self) -> None:
+        self._earlier.add_back()
+
+    def _abandon(self) -> None:
+        self._earlier.restore()
+        self.wrapper.reducer._reset_state()  # else it would reduce in the next backward pass, whether or not it is the last
 
     def _before(self, work: Work) -> None:
         self._reduces = work.reduces
@@ -63,9 +74,10 @@ def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = 
 
     Args:
         model: moved to this rank's device; its parameters are made equal on all ranks (rank 0's).
+        world: from ``hdp.init``.
         find_unused_parameters: needed when some parameter may get no gradient on some rank (mixtures of experts, ranks that
             run only a dummy); costs a walk of the graph in the last micro-batch.
-        bucket_mb: size of DDP's buckets.
+        bucket_mb: MiB of each of DDP's buckets.
 
     Raises:
         ValueError: attention that is not hdp's, no output head, a model that is wrapped already or of fp16, tensor parallelism.

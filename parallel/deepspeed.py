@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO 1, 2 and 3 through ``deepspeed.initialize``.
+"""DeepSpeed ZeRO 0 to 3 through ``deepspeed.initialize``.
 
 =====  ================  ====================================================================================
 stage  regimes           why

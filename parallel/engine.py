@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hdp.attention.checkpoint import keep_attention_in
 from hdp.balance.plan import Plan
 from hdp.parallel.activations import Activations, needs_store
 from hdp.parallel.arrangement import Arrangement, Work, arrange, works
 from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch, build_inputs
 from hdp.parallel.costs import assume
-from hdp.parallel.loader import Loader
+from hdp.parallel.gradients import global_norm
+from hdp.parallel.loader import Loader, document_lengths
 from hdp.parallel.loss import loss_sum
 from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans, pack_spans
 from hdp.parallel.models import (
@@ -33,8 +35,10 @@ from hdp.parallel.models import (
     compute_dtype,
     learnt_positions,
     output_head,
+    trained_positions,
 )
-from hdp.parallel.schedules import set_chooser
+from hdp.parallel.rotations import find_long_rotations, rotated_by_document
+from hdp.parallel.schedules import set_chooser, take_assumptions
 from hdp.parallel.world import World
 
 logger = logging.getLogger("hdp")
@@ -51,7 +55,8 @@ class Engine:
     regime = "step"
     """``"step"``: ranks run different numbers of micro-batches. ``"slot"``: all run the same number."""
 
-    def __init__(self, model: nn.Module, world: World) -> None:
+    def __init__(self, model: nn.Module, world: World, dtype: torch.dtype | None = None) -> None:
+        """``dtype``: computed in, where mixed precision makes it another than the parameters'."""
         check_attention(model)
         check_router(model)
         self.model, self.world = model, world
@@ -61,11 +66,14 @@ class Engine:
         """Token ids that the model knows; None: not checked."""
         self.positions = learnt_positions(model)
         """Tokens of the longest document that the model has positions for; None: it has no such limit."""
+        self.rotations = find_long_rotations(model)
+        """Modules whose rotations depend on how long a document is."""
+        self.warns_of_positions = world.rank == 0 and self.positions is None
+        """Whether documents beyond what the model computes positions for are still to be warned of."""
         self.activations: Activations | None = None
         """What becomes of saved activations; None keeps them all."""
-        if world.assumptions is None:
-            nodes = world.runtime.ranks_per_node
-            world.assumptions = assume(model, world.device, world.world_size, compute_dtype(model), nodes)
+        computed = dtype or compute_dtype(model)
+        take_assumptions(world, assume(model, world.device, world.world_size, computed, world.runtime.ranks_per_node))
         set_chooser(world)
         world.channel.notes_waits = True
         self.waits: list[tuple[float, float]] = world.channel.waited
@@ -78,16 +86,18 @@ class Engine:
         return self.model.parameters()
 
     def forward_backward(self, batch: PlannedBatch) -> StepResult:
-        """Runs the whole global batch; afterwards every gradient is that of its mean loss over label tokens.
+        """Runs the whole global batch; afterwards every gradient is that of its loss (``StepResult.loss``). A collective.
 
         A batch without any label has no gradient: it is skipped on all ranks, with a warning.
 
         Raises:
             HdpError: a rank failed, died or fell silent; the message names it.
-            ValueError: the batch was planned for another regime or world; token ids or positions that the model does not know.
+            ValueError: what is no batch of a loader, or one that was planned for another regime or world; token ids, labels or
+                positions that the model does not know; autocast to fp16; a plan that offloads where ``activations`` is None.
         """
         self._check_batch(batch)
         self._check_autocast()
+        self._warn_of_positions(batch)
         if batch.loss_weight == 0:
             if self.world.rank == 0:
                 why = "label tokens that all weigh 0" if batch.label_tokens else "no label token"
@@ -113,10 +123,18 @@ class Engine:
     def evaluate(
         self, documents: Documents, *, capacity: int, planner: str = "auto", tokens_per_step: int = 0
     ) -> float:
-        """Mean loss over the label tokens of ``documents``, spread over all ranks. nan if they have none.
+        """Mean loss over the label tokens of ``documents``, spread over all ranks; nan if they have none. A collective.
+
+        Args:
+            documents: as of :class:`~hdp.parallel.loader.Loader`, the same on all ranks.
+            capacity: tokens that one rank holds in one micro-batch; more where a document is longer than all ranks' together.
+            tokens_per_step: of a batch over all ranks; 0: four times their capacity.
 
         Raises as :class:`~hdp.parallel.loader.Loader` does.
         """
+        # Nothing is saved for backward: what trains only with offload or recomputation is evaluated without.
+        longest = int(document_lengths(documents).max(initial=0)) if hasattr(documents, "__len__") else 0
+        capacity = max(capacity, -(-longest // self.world.world_size))
         tokens_per_step = tokens_per_step or 4 * capacity * self.world.world_size
         loader = Loader(
             documents,
@@ -127,7 +145,7 @@ class Engine:
             seed=None,
             regime=self.regime,
         )
-        was_training = self.model.training
+        training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         total, weight = 0.0, 0.0
         try:
@@ -139,11 +157,16 @@ class Engine:
             self._abandon()
             raise
         finally:
-            self.model.train(was_training)
+            for module in training:
+                module.training = True
         return total / weight if weight else math.nan
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        """Clips gradients by their global norm, over all ranks' shards; returns the norm before clipping."""
+        """Clips gradients by their global norm, over all ranks' shards; returns the norm before clipping. A collective.
+
+        Raises:
+            ValueError: a ``max_norm`` that is not positive.
+        """
         grads = [p.grad for p in self.parameters() if p.grad is not None]
         if not max_norm > 0:
             raise ValueError(f"max_norm is {max_norm}: gradients are clipped to a positive norm")
@@ -181,6 +204,8 @@ class Engine:
     def _step(self, batch: PlannedBatch) -> StepResult:
         world, cache = self.world, dict[int, Fields]()
         self.waits.clear()
+        if self.activations is None:
+            keep_attention_in(self.model)
         begin = time.perf_counter()
         spans: list[Span] = []
         self._begin()
@@ -253,7 +278,8 @@ class Engine:
         from hdp.attention.huggingface import planned_mask
 
         self._check_ids(inputs)
-        with loss_instead_of_logits(self.head, inputs.labels, inputs.weights):
+        rotated = rotated_by_document(self.rotations, inputs.lengths) if self.rotations else contextlib.nullcontext()
+        with loss_instead_of_logits(self.head, inputs.labels, inputs.weights), rotated:
             output = self._module()(
                 input_ids=inputs.input_ids.unsqueeze(0),
                 position_ids=inputs.position_ids.unsqueeze(0),
@@ -292,6 +318,18 @@ class Engine:
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             raise ValueError(f"torch.autocast computes in float16: {NO_SCALER}")
 
+    def _warn_of_positions(self, batch: PlannedBatch) -> None:
+        most, longest = trained_positions(self.model), int(batch.plan.lengths.max(initial=0))
+        if self.warns_of_positions and most is not None and longest > most:
+            logger.warning(
+                "step %d has a document of %d tokens, the model's positions are meant for %d (config.max_position_embeddings):"
+                " make it with scaled ones (config.rope_parameters: linear, yarn, llama3), that field raised, or cut documents",
+                batch.step,
+                longest,
+                most,
+            )
+            self.warns_of_positions = False
+
     def _check_batch(self, batch: PlannedBatch) -> None:
         if not isinstance(batch, PlannedBatch):
             raise ValueError(
@@ -308,16 +346,6 @@ class Engine:
                 f"the batch was planned for regime {batch.plan.regime!r}; this engine runs {self.regime!r}: plan with"
                 " hdp.Loader(..., regime=engine.regime)"
             )
-
-
-def global_norm(grads: list[Tensor]) -> Tensor:
-    """Euclidean norm of gradients that may be spread over different meshes (FSDP alone, FSDP x tensor parallel)."""
-    meshes: dict[object, list[Tensor]] = {}
-    for grad in grads:
-        meshes.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
-    norms = [torch.nn.utils.get_total_norm(group) for group in meshes.values()]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    return torch.linalg.vector_norm(torch.stack(whole)) if whole else torch.zeros(())
 
 
 @contextlib.contextmanager

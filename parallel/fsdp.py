@@ -15,18 +15,21 @@ that said on every wrapped module (``set_gradient_divide_factor``), together wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hdp.balance.plan import REGIMES
 from hdp.parallel.arrangement import Work
-from hdp.parallel.collectives import Beside, reduced_as_stored
+from hdp.parallel.collectives import Beside, forget_gradients, reduced_as_stored
 from hdp.parallel.engine import Engine
+from hdp.parallel.gradients import Earlier
 from hdp.parallel.models import (
     check_alike,
     check_attention,
@@ -41,9 +44,19 @@ from hdp.parallel.world import World
 class FSDPEngine(Engine):
     """See the module. Made by :func:`shard`."""
 
-    def __init__(self, model: nn.Module, world: World, regime: str = "step", *, plain_reductions: bool = False) -> None:
-        super().__init__(model, world)
+    def __init__(
+        self,
+        model: nn.Module,
+        world: World,
+        regime: str = "step",
+        *,
+        plain_reductions: bool = False,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(model, world, dtype)
         self.regime = regime
+        self._earlier = Earlier()
+        self._is_running = self._has_failed = False
         self.modules: list[FSDPModule] = [m for m in model.modules() if isinstance(m, FSDPModule)]
         for module in self.modules:
             module.set_gradient_divide_factor(1.0)
@@ -53,14 +66,42 @@ class FSDPEngine(Engine):
         """Collectives beside computation; None on devices whose streams do that."""
         if world.device.type == "cpu":
             self.beside = Beside(self.modules, self.waits, reductions=plain_reductions, layer_by_layer=regime == "slot")
+        model.register_forward_pre_hook(self._forget_gathered, prepend=True)
 
     @property
     def root(self) -> FSDPModule:
         return self.modules[0]
 
-    def _begin(self) -> None:
+    def parameters(self) -> Iterator[nn.Parameter]:
+        self._forget_gathered()  # a plain forward pass leaves others in their place
+        return super().parameters()
+
+    def _forget_gathered(self, *_: object) -> None:
+        """Before a forward pass that is not the engine's, too: what the last one gathered may be other weights by now."""
+        if self._is_running:
+            return
+        if self._has_failed:
+            self._recover()
+        for module in self.modules:
+            module.reshard()
+
+    def _recover(self) -> None:
+        """After a step that failed FSDP2 is told to forget what is under way, and what is added up already."""
+        self.root.reset_iter_state()
+        for module in self.modules:
+            forget_gradients(module)
         if self.beside is not None:
-            self.beside.begin()
+            self.beside.forget()
+        self._has_failed = False
+
+    def _begin(self) -> None:
+        self._forget_gathered()
+        self._is_running = True
+        reduces = torch.is_grad_enabled()
+        if self.beside is not None:
+            self.beside.begin(reduces=reduces)
+        if reduces:
+            self._earlier.put_aside(self.model.parameters())
         if self.regime == "slot":
             return
         if self.beside is not None:
@@ -80,14 +121,19 @@ class FSDPEngine(Engine):
     def _end(self) -> None:
         if self.beside is not None:
             self.beside.end()
+        self._earlier.add_back()
+        self._is_running = False
 
     def _abandon(self) -> None:
         if self.beside is not None:
             self.beside.abandon()
+        self._earlier.restore()
+        self._is_running, self._has_failed = False, True  # nobody is waited for here: see _recover
 
     def _end_evaluation(self) -> None:
         if self.beside is not None:
             self.beside.end()
+        self._is_running = False
         for module in self.modules:
             module.reshard()
 
@@ -142,15 +188,44 @@ def shard(
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": regime == "slot"}
     options["mp_policy"] = mp_policy or MixedPrecisionPolicy(reduce_dtype=torch.float32)
     options["offload_policy"] = offload_policy or OffloadPolicy()
+    before = list(model.named_parameters())
     for layer in wrapped:
         fully_shard(layer, **options)
     # The root's head is the first that backward needs: gathering embedding and head again would bring nothing.
     fully_shard(model, **{**options, "reshard_after_forward": False})
+    mark_replaced(before, model)
     plain = mesh.ndim == 1 and not offloaded and reduced_as_stored(model, options["mp_policy"])
     if has_rare_parameters(model, wrapped):
         for layer in wrapped:  # before FSDP2's own hook, which looks at what requires gradients
             layer.register_forward_pre_hook(require_gradient, prepend=True, with_kwargs=True)
-    return FSDPEngine(model, world, regime, plain_reductions=plain)
+    computed = options["mp_policy"].param_dtype
+    return FSDPEngine(model, world, regime, plain_reductions=plain, dtype=computed)
+
+
+def mark_replaced(before: list[tuple[str, nn.Parameter]], model: nn.Module) -> None:
+    """From now on an optimizer that holds parameters which FSDP2 has replaced raises ValueError in its step."""
+    kept = {id(parameter) for parameter in model.parameters()}
+    for name, parameter in before:
+        if id(parameter) not in kept:
+            parameter._hdp_replaced = name  # type: ignore[attr-defined]
+    watch_optimizers()
+
+
+@functools.cache
+def watch_optimizers() -> None:
+    """Once a process."""
+    register_optimizer_step_pre_hook(refuse_replaced)
+
+
+def refuse_replaced(optimizer: Any, args: tuple, keywords: dict[str, Any]) -> None:
+    """Pre-hook of every optimizer's step: without gradients a replaced parameter would stay as it is, without a word."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if name := getattr(parameter, "_hdp_replaced", None):
+                raise ValueError(
+                    f"the optimizer holds {name} as it was before hdp.shard, which replaces all parameters: nothing would be"
+                    " trained; make the optimizer after hdp.shard, of engine.parameters()"
+                )
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:

@@ -36,10 +36,14 @@ class StepResult:
     """One step, as all ranks together saw it."""
 
     step: int
+    """Of the loader, from 0."""
     loss: float
-    """Mean over the label tokens of the global batch; nan if it has none."""
+    """Nats: mean over the label tokens of the global batch, by their ``loss_weights`` where documents have them, or over its
+    documents (``reduction="sample"``); nan if nothing counts."""
     tokens: int
+    """Of the global batch, on all ranks."""
     label_tokens: int
+    """Those that have a label."""
     seconds: float
     """Wall time of the slowest rank."""
     busy_seconds: tuple[float, ...]

@@ -94,6 +94,14 @@ def learnt_positions(model: nn.Module) -> int | None:
     return None
 
 
+def trained_positions(model: nn.Module) -> int | None:
+    """Tokens of the longest document that the model's positions are meant for; None: not said."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    most = getattr(text, "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
 def output_head(model: nn.Module) -> nn.Linear:
     """The linear layer that makes logits. Raises ValueError if there is none that the fused loss can stand in for."""
     head: Any = getattr(model, "get_output_embeddings", lambda: getattr(model, "lm_head", None))()

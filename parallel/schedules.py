@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,28 @@ from hdp.parallel.metrics import gather_numbers
 
 if TYPE_CHECKING:
     from hdp.parallel.world import World
+
+logger = logging.getLogger("hdp")
+
+
+def take_assumptions(world: World, made: Assumptions | None) -> None:
+    """Plans and choices are made for the model of the last engine, unless a user said for what.
+
+    What was measured since an engine of a like model is kept.
+    """
+    runtime = world.runtime
+    if world.assumptions is None:
+        world.assumptions = made
+    elif world.assumed is not None and made != world.assumed:
+        if world.rank == 0:
+            logger.warning(
+                "a model of another shape or dtype: batches are planned for it from now on; give loaders of the other model"
+                " cost= and topology="
+            )
+        if runtime.chooser == assumed_chooser(world.assumed):
+            runtime.chooser = None
+        world.assumptions = made
+    world.assumed = made
 
 
 def set_chooser(world: World) -> None:
@@ -58,6 +81,7 @@ def make_chooser(
     byte_seconds: float = 0.0,
     message_seconds: float = HOST_SECONDS,
     call_seconds: float = HOST_SECONDS,
+    kept_limit: float | None = None,
 ) -> Chooser:
     """Resolves the schedule ``"auto"`` on these ranks; set it as ``world.runtime.chooser``.
 
@@ -67,6 +91,7 @@ def make_chooser(
         kind: ``"nic"``: a rank's traffic shares one port; ``"peer"``: each pair of ranks has a link of its own.
         byte_seconds: what a byte sent or received takes from computation.
         message_seconds, call_seconds: what a message and a kernel call take beyond that, see ``hdp.parallel.costs``.
+        kept_limit: bytes that a layer may keep from forward to backward beside its own shards; None: any.
     """
     links = Links(
         kind=kind,
@@ -82,4 +107,5 @@ def make_chooser(
         byte_seconds=byte_seconds,
         message_seconds=message_seconds,
         call_seconds=call_seconds,
+        kept_limit=kept_limit,
     )

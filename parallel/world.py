@@ -40,6 +40,8 @@ class World:
     assumptions: Assumptions | None = None
     """What planners are told about the model and the ranks unless a loader is given ``cost`` and ``topology``; an engine
     sets it from its model."""
+    assumed: Assumptions | None = None
+    """What the last engine assumed of its model, before anything was measured."""
 
     def close(self) -> None:
         """Leaves the job. Only what :func:`init` itself set up is taken down."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tiny import gradient_errors, loss_sums, make_documents, make_model, widen
 import hdp
 from hdp.balance import Plan
 from hdp.offload import FileTier, HostTier, OffloadEngine
+from hdp.parallel import activations
 from hdp.parallel.activations import Activations
 
 LENGTHS = [10, 115, 40, 3, 73, 21]
@@ -118,6 +120,28 @@ def test_a_policy_that_keeps_what_the_plan_moves_is_refused(ranks):
     assert "only with 0, and runs layers again: take policy 'plan'" in found[2]
 
 
+def test_auto_moves_what_the_plan_needs():
+    """What is asked of the store for micro-batches that fit only so, and for one that fits as it is."""
+    asked: list[tuple[str, float, int | None]] = []
+
+    def micro_batch(model: Any, *, policy: str, ratio: float, recompute_layers: int | None, **_: Any) -> None:
+        asked.append((policy, ratio, recompute_layers))
+
+    store: Any = SimpleNamespace(micro_batch=micro_batch)
+    policy = Activations(store=store, policy="auto", ratio=0.4)
+    cases: list[tuple[int, dict[str, Any]]] = [
+        (90, {"offload": ((0, 0, 0.5),)}),
+        (90, {"recompute": (0,), "recompute_layers": (2,)}),
+        (60, {}),
+    ]
+    for length, needs in cases:
+        plan = Plan.from_groups(
+            [length], [(0,)], [0], world_size=1, capacity=64, regime="step", planner="by hand", **needs
+        )
+        policy.around(torch.nn.Linear(1, 1), plan.micro_batches(0)[0], length)
+    assert asked == [("offload", 0.5, None), ("recompute", 0.0, 2), ("auto", 0.4, None)]
+
+
 def room(world: hdp.World, folder: str) -> tuple[int, int]:
     """Bytes that this rank may move out, and those that the disk has free."""
     with Activations.open(world, policy="auto", folder=folder) as activations:
@@ -131,9 +155,16 @@ def test_ranks_share_the_room_of_their_disk(ranks, tmp_path):
     assert sum(mine for mine, _ in found) < found[0][1]
 
 
+def least(world: hdp.World) -> int:
+    return activations._least(world, 10 + world.rank)
+
+
+def test_memory_that_plans_count_on_is_that_of_the_rank_with_least(ranks):
+    assert ranks(3).run(least) == [10, 10, 10]
+
+
 def opened(world: hdp.World, folder: str) -> tuple[float, str, list[float]]:
     """The measured bandwidth, the error without a folder, and losses of a longer document than the ranks hold."""
-    world.assumptions = None  # of another test's model
     engine = hdp.shard(deeper("hdp"), world)
     error = ""
     try:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from engines import plan_batch
 from harness import Ranks
 from tiny import make_documents, make_model
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaConfig
 
 import hdp
@@ -76,6 +80,29 @@ def test_auto_counts_what_messages_and_calls_take_from_a_core(ranks):
     found = ranks(2).run(rates)
     assert found == [(BYTE_SECONDS["cpu"], MESSAGE_SECONDS["cpu"], CALL_SECONDS["cpu"])] * 2
     assert min(found[0]) > 0
+
+
+def two_models(world: hdp.World) -> list[Any]:
+    """What is assumed after each of three engines, the second of another shape, the third of half the dtype."""
+    found = []
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for model, options in ((make_model(), {}), (make_model("mha"), {}), (make_model(), {"mp_policy": policy})):
+        hdp.shard(model, world, **options)
+        assert world.assumptions is not None
+        found.append((world.assumptions.cost, world.runtime.chooser))
+    measured = replace(world.assumptions, cost=replace(world.assumptions.cost, copy_bandwidth=12345.0))
+    world.assumptions = measured
+    hdp.shard(make_model(), world, mp_policy=policy)
+    return [*found, world.assumptions == measured]
+
+
+def test_plans_are_for_the_model_of_the_last_engine():
+    with Ranks(2) as two:
+        for (first, chooser), (second, _), (half, faster), is_kept in two.run(two_models):
+            assert second.ring_bytes == 2 * first.ring_bytes  # twice the key/value heads
+            assert half.ring_bytes == first.ring_bytes / 2 and half.linear == first.linear / 2
+            assert faster.flops == 2 * chooser.flops
+            assert is_kept  # what was measured is not forgotten for a like model
 
 
 class Shapeless(torch.nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -17,6 +18,29 @@ import hdp
 from hdp.parallel.channel import TorchChannel
 
 CAPACITY = 64
+
+
+def warnings_of_positions(world: hdp.World) -> list[str]:
+    """Of three steps, of which the last two have a document that is longer than what the model's positions are meant for."""
+    model = make_model()
+    model.config.max_position_embeddings = 20
+    engine, said = make_engine(world, "fsdp-step", model), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("hdp").addHandler(handler)
+    try:
+        for lengths in ([20, 9], [21, 9], [33]):
+            engine.forward_backward(plan_batch(world, engine, make_documents(lengths), CAPACITY, planner="naive"))
+    finally:
+        logging.getLogger("hdp").removeHandler(handler)
+    return said
+
+
+def test_documents_beyond_the_models_positions_are_warned_of_once(ranks):
+    first, *others = ranks(2).run(warnings_of_positions)
+    (text,) = first
+    assert "a document of 21 tokens, the model's positions are meant for 20 (config.max_position_embeddings)" in text
+    assert not any(others)
 
 
 def message_of(world: hdp.World, what: str) -> str:

@@ -75,6 +75,18 @@ def another_seed(world: hdp.World) -> None:
     hdp.shard(make_model(seed=world.rank // 2), world)
 
 
+def early_optimizer(world: hdp.World) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    engine = hdp.shard(model, world)
+    later = torch.optim.AdamW(engine.parameters())
+    options: Any = {"tokens_per_step": 10**6, "capacity": CAPACITY}
+    for batch in hdp.Loader(make_documents([9, 9]), world, **options):
+        engine.forward_backward(batch)
+        later.step()
+        optimizer.step()
+
+
 CASES: dict[str, tuple[Any, str]] = {
     "wave": (wave, "unknown regime 'wave': choose one of step, slot"),
     "zero3 step": (
@@ -90,6 +102,7 @@ CASES: dict[str, tuple[Any, str]] = {
     "part of the ranks": (part_of_the_ranks, "the mesh has 1 ranks, the world 4"),
     "sharded twice": (sharded_twice, "wrapped already.*make it anew"),
     "sharded then replicated": (sharded_then_replicated, "wrapped already"),
+    "early optimizer": (early_optimizer, "the optimizer holds model.embed_tokens.weight as it was before hdp.shard"),
     "another seed": (another_seed, "ranks 0 and 2 begin with different parameters.*set the same seed"),
 }
 

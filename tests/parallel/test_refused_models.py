@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import hdp
 from hdp.parallel.fsdp import find_layers
-from hdp.parallel.models import check_attention, check_precision, check_unwrapped, learnt_positions
+from hdp.parallel.models import check_attention, check_precision, check_unwrapped, learnt_positions, trained_positions
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -151,3 +151,4 @@ def test_learnt_positions_bound_documents():
         transformers.OPTConfig(**ANOTHER, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=40)
     )
     assert (learnt_positions(gpt2), learnt_positions(opt), learnt_positions(small_llama())) == (48, 40, None)
+    assert trained_positions(small_llama()) == small_llama().config.max_position_embeddings

@@ -1,0 +1,184 @@
+"""What lies between two steps: gradients that are there already, steps and evaluations that fail, plain forward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engines import full_gradients, make_engine, make_model, plan_batch
+from tiny import exact_gradient, gradient_errors, loss_sums, make_documents, make_reference
+
+import hdp
+
+CAPACITY = 64
+FIRST, SECOND = [60, 20, 64, 30, 41], [100, 9, 64, 33]
+ENGINES = ("fsdp-step", "fsdp-slot", "hsdp-step", "fsdp-step, streams", "fsdp-slot, streams", "ddp")
+"""``streams``: as on devices that have some, where FSDP2 runs its collectives by itself."""
+
+
+def world_of(name: str) -> int:
+    return 4 if name.startswith("hsdp") else 2
+
+
+def made(world: hdp.World, name: str, model: Any = None) -> Any:
+    kind, _, streams = name.partition(", ")
+    engine: Any = make_engine(world, kind, make_model() if model is None else model)
+    if streams:
+        engine.beside = None
+    return engine
+
+
+def batch_of(world: hdp.World, engine: Any, lengths: list[int]) -> hdp.PlannedBatch:
+    return plan_batch(world, engine, make_documents(lengths, seed=len(lengths)), CAPACITY, planner="naive")
+
+
+def held(engine: Any) -> list[torch.Tensor | None]:
+    """This rank's gradients, copied."""
+    parts = [None if p.grad is None else getattr(p.grad, "_local_tensor", p.grad) for p in engine.parameters()]
+    return [None if part is None else part.clone() for part in parts]
+
+
+def same(a: list[Any], b: list[Any]) -> bool:
+    return all((x is None and y is None) or torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def accumulate(world: hdp.World, name: str) -> Any:
+    engine = made(world, name)
+    for lengths in (FIRST, SECOND, FIRST):
+        engine.forward_backward(batch_of(world, engine, lengths))
+    return full_gradients(engine)
+
+
+def sum_of(*batches: list[int]) -> dict[str, torch.Tensor]:
+    found = [exact_gradient("gqa", make_documents(lengths, seed=len(lengths)))[1] for lengths in batches]
+    return {name: torch.stack([gradients[name] for gradients in found]).sum(0) for name in found[0]}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_gradients_add_up(ranks, name):
+    exact = sum_of(FIRST, SECOND, FIRST)
+    for gradients in ranks(world_of(name)).run(accumulate, name):
+        errors = gradient_errors(gradients, exact)
+        assert max(errors.values()) <= 1e-5, errors
+
+
+class Broken(Exception):
+    pass
+
+
+def fail(world: hdp.World, name: str, where: str) -> Any:
+    """A step that fails on all ranks in their last micro-batch, after one that did not: gradients before it, after it, and of a
+    step more."""
+    engine = made(world, name)
+    engine.forward_backward(batch_of(world, engine, FIRST))
+    before = held(engine)
+    broken = batch_of(world, engine, SECOND)
+    left = len(engine._works(broken.plan))
+    method = getattr(engine, where)
+
+    def breaks(*arguments: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if not left:
+            raise Broken
+        return method(*arguments)
+
+    setattr(engine, where, breaks)
+    with pytest.raises(Broken):
+        engine.forward_backward(broken)
+    delattr(engine, where)
+    after = held(engine)
+    engine.forward_backward(batch_of(world, engine, SECOND))
+    return same(before, after), full_gradients(engine)
+
+
+@pytest.mark.parametrize("where", ["_loss", "_backward"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_step_that_fails_leaves_gradients_as_they_were(ranks, name, where):
+    exact = sum_of(FIRST, SECOND)
+    for unchanged, gradients in ranks(world_of(name)).run(fail, name, where):
+        assert unchanged
+        errors = gradient_errors(gradients, exact)
+        assert max(errors.values()) <= 1e-5, errors
+
+
+def fail_to_evaluate(world: hdp.World, name: str) -> bool:
+    engine = made(world, name)
+    engine.forward_backward(batch_of(world, engine, FIRST))
+    before = held(engine)
+    wrong = make_documents([30, 30, 30, 30])
+    for document in wrong:
+        document[3] = 5000
+    with pytest.raises(ValueError, match="token id 5000"):
+        engine.evaluate(wrong, capacity=CAPACITY)
+    return any(part is not None for part in before) and same(before, held(engine))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_evaluation_that_fails_leaves_gradients_as_they_were(ranks, name):
+    assert all(ranks(world_of(name)).run(fail_to_evaluate, name))
+
+
+def halve(engine: Any) -> None:
+    """As loading other weights does, or putting averaged ones in their place."""
+    with torch.no_grad():
+        for parameter in engine.parameters():
+            parameter.mul_(0.5)
+
+
+def look(world: hdp.World, name: str) -> dict[str, list[float]]:
+    """Losses of a step, an evaluation and a plain forward, each after a plain forward and other weights."""
+    found: dict[str, list[float]] = {}
+    ids = make_documents([33])[0][None]
+
+    def plain(engine: Any) -> float:
+        with torch.no_grad():
+            return float(engine.model(input_ids=ids, labels=ids).loss)
+
+    for what in ("step", "evaluate", "plain"):
+        engine = made(world, name)
+        plain(engine)
+        halve(engine)
+        if what == "step":
+            loss = engine.forward_backward(batch_of(world, engine, FIRST)).loss
+        elif what == "evaluate":
+            loss = engine.evaluate(make_documents(FIRST, seed=len(FIRST)), capacity=CAPACITY)
+        else:
+            loss = plain(engine)
+        found[what] = [loss]
+    return found
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_plain_forward_leaves_no_weights_behind(ranks, name):
+    model = make_reference()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        total, weight = loss_sums(model, make_documents(FIRST, seed=len(FIRST)))
+        ids = make_documents([33])[0][None]
+        plain = float(model(input_ids=ids, labels=ids).loss)
+    whole = float(total) / weight
+    for found in ranks(world_of(name)).run(look, name):
+        assert found["step"] == pytest.approx([whole], rel=1e-5)
+        assert found["evaluate"] == pytest.approx([whole], rel=1e-5)
+        assert found["plain"] == pytest.approx([plain], rel=1e-5)
+
+
+def evaluate_long(world: hdp.World) -> tuple[float, list[bool]]:
+    """A document longer than all ranks' capacity; and which modules train afterwards."""
+    model = make_model()
+    model.train()
+    model.model.embed_tokens.eval()
+    engine = made(world, "fsdp-step", model)
+    loss = engine.evaluate(make_documents([300, 20]), capacity=CAPACITY)
+    return loss, [module.training for module in (model, model.model.embed_tokens, model.model.layers[0])]
+
+
+def test_evaluation_holds_longer_documents_and_leaves_modes_as_they_were(ranks):
+    with torch.no_grad():
+        total, weight = loss_sums(make_reference(), make_documents([300, 20]))
+    for loss, training in ranks(2).run(evaluate_long):
+        assert loss == pytest.approx(float(total) / weight, rel=1e-5)
+        assert training == [True, False, True]
