@@ -45,8 +45,9 @@ def attend(
         [tokens, heads, head_dim], q's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit each other or the route; a window below 1 or no whole number; what the
-            backend cannot compute.
+        ValueError: shapes or dtypes that do not fit each other or the route; a window below 1 or no whole number; a
+            scale that is not finite, a softcap that is negative or infinite; what the backend cannot compute.
+        PeerError: another rank failed, fell silent, or describes a shared sequence otherwise.
     """
     _check(q, k, v, route)
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):

@@ -33,14 +33,17 @@ class RouteShard:
     """This rank's part of one sequence."""
 
     sequence: int
+    """Its number, the same on all sharers."""
     length: int
     """Tokens of the whole sequence."""
     group: tuple[int, ...]
     """Ranks that share it, in ring order."""
     schedule: str = "local"
+    """Of forward (``hdp.attention.schedules``, or ``"auto"``); ``local`` serves a group of one rank only."""
     schedule_backward: str | None = None
     """None: as forward."""
     layout: str = "zigzag"
+    """Which tokens are whose (``hdp.attention.layout``)."""
 
     @property
     def names(self) -> tuple[str, str]:

@@ -180,7 +180,23 @@ def make_plan(
     recompute: str = "off",
     seed: int = 0,
 ) -> Plan:
-    """:func:`plan` with defaults: eight ranks a node and the cost of a 7B model."""
+    """Plans one global batch: which ranks compute which sequence together, and when. :func:`plan` with defaults.
+
+    Args:
+        lengths: [sequences] tokens of each.
+        world_size: ranks.
+        capacity: tokens that one rank holds in one micro-batch without offload.
+        regime: ``"step"`` or ``"slot"``, as the engine's.
+        planner: a name of ``hdp.balance.PLANNERS``.
+        cost: seconds and bytes of the model; None: a 7B model at 400 TFLOP/s.
+        topology: nodes and links; None: eight ranks a node.
+        offload: ``"off"``, ``"auto"``, or the largest ratio of activations that may leave, 0 to 1.
+        recompute: ``"off"``, ``"auto"`` or ``"all"``.
+        seed: of planners that draw.
+
+    Raises:
+        PlanError: what cannot be planned, and what would help; its subclass DoesNotFit where a sequence is too long.
+    """
     if topology is None:
         topology = Topology(world_size=world_size)
     elif topology.world_size != world_size:

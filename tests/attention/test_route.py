@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from harness import Ranks
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hdp
 from hdp.attention.channel import VirtualNetwork
@@ -86,22 +88,43 @@ def test_attend_refuses(options, message):
     assert attend(window=1).shape == (10, 4, 8)
 
 
-def documented(world: hdp.World) -> float:
-    """Runs what docs/attention.md shows; the error of this rank's rows."""
+def documented(world: hdp.World) -> tuple[float, float]:
+    """Runs what docs/attention.md shows; the errors of this rank's rows, of the function and of a model's logits."""
     text = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text.partition("## In a model of your own")[2], flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text.partition("## In a model of your own")[2], flags=re.DOTALL)
     draw = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(5000, n, 8, generator=draw) for n in (4, 2, 2))
-    names = {"torch": torch, "hdp": hdp, "world": world, "q_all": q, "k_all": k, "v_all": v}
-    exec(code, names)
-    whole = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
-    dense = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True)[0].transpose(0, 1)
-    mine = torch.cat([dense[a:b] for a, b in names["rows"]])
-    return float((names["out"] - mine).norm() / mine.norm())
+    ids = torch.randint(0, 32, (5000,), generator=draw)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config)
+    plain = copy.deepcopy(model)
+    model.set_attn_implementation("hdp")
+    names = {"world": world, "step": 3, "q_all": q, "k_all": k, "v_all": v, "ids": ids, "model": model}
+    with torch.no_grad():
+        exec("".join(blocks), names)
+        whole = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+        dense = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True, enable_gqa=True)[0].transpose(
+            0, 1
+        )
+        logits = plain(ids.unsqueeze(0)).logits[0]
+    mine = [torch.cat([full[a:b] for a, b in names["rows"]]) for full in (dense, logits)]
+    found = names["out"], names["logits"][0]
+    first, second = (float((f - m).norm() / m.norm()) for f, m in zip(found, mine, strict=True))
+    return first, second
 
 
 def test_the_documented_way_for_a_model_of_ones_own(ranks):
-    assert max(ranks(2).run(documented)) <= 1e-5
+    errors = ranks(2).run(documented)
+    assert max(max(pair) for pair in errors) <= 1e-5
 
 
 def disagree(world: hdp.World, schedule: str, other: dict) -> str:
