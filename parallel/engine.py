@@ -25,7 +25,7 @@ from hdp.parallel.arrangement import Arrangement, Work, arrange, works
 from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch, build_inputs
 from hdp.parallel.costs import assume
 from hdp.parallel.gradients import global_norm
-from hdp.parallel.loader import Loader, document_lengths
+from hdp.parallel.loader import Loader, check_sequence, document_lengths, whole_number
 from hdp.parallel.loss import loss_sum
 from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans, pack_spans
 from hdp.parallel.models import (
@@ -133,8 +133,11 @@ class Engine:
         Raises as :class:`~hdp.parallel.loader.Loader` does.
         """
         # Nothing is saved for backward: what trains only with offload or recomputation is evaluated without.
-        longest = int(document_lengths(documents).max(initial=0)) if hasattr(documents, "__len__") else 0
-        capacity = max(capacity, -(-longest // self.world.world_size))
+        check_sequence(documents)
+        longest = int(document_lengths(documents).max())
+        capacity = whole_number("capacity", capacity)
+        if capacity > 0:  # what is not is for the loader to refuse
+            capacity = max(capacity, -(-longest // self.world.world_size))
         tokens_per_step = tokens_per_step or 4 * capacity * self.world.world_size
         loader = Loader(
             documents,
