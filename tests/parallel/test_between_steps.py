@@ -127,15 +127,16 @@ def halve(engine: Any) -> None:
             parameter.mul_(0.5)
 
 
+def plain(engine: Any) -> float:
+    """Loss of one document in a forward pass of the user's own."""
+    ids = make_documents([33])[0][None]
+    with torch.no_grad():
+        return float(engine.model(input_ids=ids, labels=ids).loss)
+
+
 def look(world: hdp.World, name: str) -> dict[str, list[float]]:
     """Losses of a step, an evaluation and a plain forward, each after a plain forward and other weights."""
     found: dict[str, list[float]] = {}
-    ids = make_documents([33])[0][None]
-
-    def plain(engine: Any) -> float:
-        with torch.no_grad():
-            return float(engine.model(input_ids=ids, labels=ids).loss)
-
     for what in ("step", "evaluate", "plain"):
         engine = made(world, name)
         plain(engine)
@@ -158,12 +159,31 @@ def test_a_plain_forward_leaves_no_weights_behind(ranks, name):
             parameter.mul_(0.5)
         total, weight = loss_sums(model, make_documents(FIRST, seed=len(FIRST)))
         ids = make_documents([33])[0][None]
-        plain = float(model(input_ids=ids, labels=ids).loss)
+        alone = float(model(input_ids=ids, labels=ids).loss)
     whole = float(total) / weight
     for found in ranks(world_of(name)).run(look, name):
         assert found["step"] == pytest.approx([whole], rel=1e-5)
         assert found["evaluate"] == pytest.approx([whole], rel=1e-5)
-        assert found["plain"] == pytest.approx([plain], rel=1e-5)
+        assert found["plain"] == pytest.approx([alone], rel=1e-5)
+
+
+def clip(world: hdp.World, name: str) -> tuple[float, float, bool]:
+    """The norm before and after a plain forward, and whether an optimizer made then trains."""
+    engine = made(world, name)
+    engine.forward_backward(batch_of(world, engine, FIRST))
+    before = float(engine.clip_grad_norm_(1e9))
+    plain(engine)
+    after = float(engine.clip_grad_norm_(1e9))
+    plain(engine)
+    optimizer, loss = torch.optim.SGD(engine.parameters(), lr=0.1), plain(engine)
+    optimizer.step()
+    return before, after, plain(engine) != loss
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_after_a_plain_forward_gradients_are_found(ranks, name):
+    for before, after, trains in ranks(world_of(name)).run(clip, name):
+        assert before == after > 0 and trains
 
 
 def evaluate_long(world: hdp.World) -> tuple[float, list[bool]]:
