@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from hdp.offload.split import Split, flat_bytes
@@ -48,7 +48,11 @@ class VersionProbe:
         """``alias``: a detached alias that is held anyway."""
         if alias is None:
             alias = tensor.detach()
-            alias.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            if type(tensor) in (Tensor, nn.Parameter):
+                alias.data = empty
+            else:  # spread over ranks: changes are counted by the whole, not by this rank's part
+                alias._local_tensor = empty  # type: ignore[attr-defined]
         self._alias = alias
         self.saved = tensor._version
 
@@ -76,7 +80,8 @@ class Record:
         "ref", "rest", "slot", "split", "state", "visit", "written",
     )  # fmt: skip
 
-    def __init__(self, tensor: Tensor, visit: int, epoch: int) -> None:
+    def __init__(self, tensor: Tensor, visit: int, epoch: int, whole: Tensor | None = None) -> None:
+        """``whole``: as of :class:`Handle`."""
         storage = tensor.untyped_storage()
         self.ref = StorageWeakRef(storage)
         self.key: int = storage._cdata
@@ -85,7 +90,7 @@ class Record:
         """Layer call that saved it first."""
         self.epoch = epoch
         """See ``ActivationStore``."""
-        self.probe = VersionProbe(tensor)
+        self.probe = VersionProbe(tensor if whole is None else whole)
         self.state = State.KEPT
         self.handles = 0
         self.split: Split | None = None
@@ -146,7 +151,7 @@ class Handle:
             self.probe = VersionProbe(tensor, alias=self.alias)
             return
         self.alias = None
-        self.probe = VersionProbe(tensor)
+        self.probe = VersionProbe(tensor if whole is None else whole)
         self.stride, self.offset = tensor.stride(), int(tensor.storage_offset())
         record.handles += 1
         self.record = record

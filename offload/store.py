@@ -67,7 +67,7 @@ class ActivationStore:
                 return Handle(whole, owner, visit, None)
             record = self._find(tensor)
             if record is None:
-                record = Record(tensor, visit, self._epoch)
+                record = Record(tensor, visit, self._epoch, whole)
                 self._known[record.key] = record
                 self.meter.add(record.nbytes)
                 if ratio > 0.0 and record.nbytes >= self._min_bytes:

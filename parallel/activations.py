@@ -195,7 +195,7 @@ def _assume(world: World, made: Activations) -> None:
     if world.assumptions is not None:
         kept = {"keep_first": made.keep_first, "keep_last": made.keep_last, "in_flight": 2}
         cost = replace(world.assumptions.cost, copy_bandwidth=0.0, **kept)  # type: ignore[arg-type]
-        world.assumptions = replace(world.assumptions, cost=cost)
+        world.tell(replace(world.assumptions, cost=cost))
 
 
 def _measure(world: World, store: OffloadEngine, host_bytes: int | None) -> None:
@@ -218,7 +218,7 @@ def _measure(world: World, store: OffloadEngine, host_bytes: int | None) -> None
             host_memory=float(host if on_gpu else share),
             disk_memory=float(share if on_gpu and host else 0),
         )
-        world.assumptions = replace(world.assumptions, cost=cost)
+        world.tell(replace(world.assumptions, cost=cost))
 
 
 def _least(world: World, value: int) -> int:

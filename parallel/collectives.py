@@ -186,6 +186,11 @@ def sharded_parameters(module: FSDPModule) -> list[nn.Parameter]:
     return [p.sharded_param for group in module._get_fsdp_state()._fsdp_param_groups for p in group.fsdp_params]
 
 
+def is_sharded(module: FSDPModule) -> bool:
+    """Whether nothing of the module is gathered (guarded as below)."""
+    return all(group.is_sharded for group in module._get_fsdp_state()._fsdp_param_groups)
+
+
 def forget_gradients(module: FSDPModule) -> None:
     """Those of whole parameters that were to be reduced with later micro-batches (guarded: these names are not public)."""
     for group in module._get_fsdp_state()._fsdp_param_groups:

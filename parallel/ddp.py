@@ -20,7 +20,7 @@ from hdp.parallel.arrangement import Arrangement, Work, works
 from hdp.parallel.batch import MicroBatchInputs
 from hdp.parallel.engine import Engine
 from hdp.parallel.gradients import Earlier
-from hdp.parallel.models import check_no_tensor_parallel, check_trained_dtype, check_unwrapped
+from hdp.parallel.models import check_attention, check_no_tensor_parallel, check_trained_dtype, check_unwrapped
 from hdp.parallel.world import World
 
 
@@ -85,6 +85,7 @@ def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = 
     check_unwrapped(model)
     check_no_tensor_parallel(world, "DDP")
     check_trained_dtype(model)
+    check_attention(model)
     model.to(world.device)
     wrapper = DistributedDataParallel(
         model,

@@ -25,7 +25,7 @@ from hdp.parallel.arrangement import Arrangement, Work, arrange, works
 from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch, build_inputs
 from hdp.parallel.costs import assume
 from hdp.parallel.gradients import global_norm
-from hdp.parallel.loader import Loader, check_sequence, document_lengths, whole_number
+from hdp.parallel.loader import Loader, check_sequence, measured, whole_number
 from hdp.parallel.loss import loss_sum
 from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans, pack_spans
 from hdp.parallel.models import (
@@ -134,10 +134,10 @@ class Engine:
         """
         # Nothing is saved for backward: what trains only with offload or recomputation is evaluated without.
         check_sequence(documents)
-        longest = int(document_lengths(documents).max())
+        documents = measured(documents)
         capacity = whole_number("capacity", capacity)
         if capacity > 0:  # what is not is for the loader to refuse
-            capacity = max(capacity, -(-longest // self.world.world_size))
+            capacity = max(capacity, -(-int(documents.lengths.max()) // self.world.world_size))
         tokens_per_step = tokens_per_step or 4 * capacity * self.world.world_size
         loader = Loader(
             documents,
@@ -148,7 +148,7 @@ class Engine:
             seed=None,
             regime=self.regime,
         )
-        training = [module for module in self.model.modules() if module.training]
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         total, weight = 0.0, 0.0
         try:
@@ -160,9 +160,15 @@ class Engine:
             self._abandon()
             raise
         finally:
-            for module in training:
-                module.training = True
+            self.model.train(modes[0][1])
+            for module, mode in modes:
+                module.training = mode
         return total / weight if weight else math.nan
+
+    def gathered(self) -> AbstractContextManager[None]:
+        """Within it the user's own forward passes (``model.generate``) share one gather of the parameters, which must not
+        change meanwhile; otherwise each gathers anew. For all ranks, as the passes are."""
+        return contextlib.nullcontext()
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Clips gradients by their global norm, over all ranks' shards; returns the norm before clipping. A collective.
@@ -207,7 +213,7 @@ class Engine:
     def _step(self, batch: PlannedBatch) -> StepResult:
         world, cache = self.world, dict[int, Fields]()
         self.waits.clear()
-        if self.activations is None:
+        if self.activations is None and world.world_size > 1:
             keep_attention_in(self.model)
         begin = time.perf_counter()
         spans: list[Span] = []

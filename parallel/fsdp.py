@@ -15,7 +15,9 @@ that said on every wrapped module (``set_gradient_divide_factor``), together wit
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -27,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hdp.balance.plan import REGIMES
 from hdp.parallel.arrangement import Work
-from hdp.parallel.collectives import Beside, forget_gradients, reduced_as_stored
+from hdp.parallel.collectives import Beside, forget_gradients, is_sharded, reduced_as_stored
 from hdp.parallel.engine import Engine
 from hdp.parallel.gradients import Earlier
 from hdp.parallel.models import (
@@ -84,9 +86,22 @@ class FSDPEngine(Engine):
             self._recover()
         for module in self.modules:
             module.reshard()
+        if not all(is_sharded(module) for module in self.modules):  # a forward pass of the user's own has failed
+            self._recover()
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        self._forget_gathered()
+        self._is_running = True
+        try:
+            yield
+        finally:
+            self._is_running = False
+            self._forget_gathered()
 
     def _recover(self) -> None:
         """After a step that failed FSDP2 is told to forget what is under way, and what is added up already."""
+        self.root._get_fsdp_state()._lazy_init()  # the first may have failed before it ran anything
         self.root.reset_iter_state()
         for module in self.modules:
             forget_gradients(module)
@@ -188,7 +203,9 @@ def shard(
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": regime == "slot"}
     options["mp_policy"] = mp_policy or MixedPrecisionPolicy(reduce_dtype=torch.float32)
     options["offload_policy"] = offload_policy or OffloadPolicy()
-    before = list(model.named_parameters())
+    before = [
+        (name, weakref.ref(parameter)) for name, parameter in model.named_parameters()
+    ]  # freed as they are sharded
     for layer in wrapped:
         fully_shard(layer, **options)
     # The root's head is the first that backward needs: gathering embedding and head again would bring nothing.
@@ -202,11 +219,12 @@ def shard(
     return FSDPEngine(model, world, regime, plain_reductions=plain, dtype=computed)
 
 
-def mark_replaced(before: list[tuple[str, nn.Parameter]], model: nn.Module) -> None:
+def mark_replaced(before: list[tuple[str, weakref.ref[nn.Parameter]]], model: nn.Module) -> None:
     """From now on an optimizer that holds parameters which FSDP2 has replaced raises ValueError in its step."""
     kept = {id(parameter) for parameter in model.parameters()}
-    for name, parameter in before:
-        if id(parameter) not in kept:
+    for name, reference in before:
+        parameter = reference()
+        if parameter is not None and id(parameter) not in kept:
             parameter._hdp_replaced = name  # type: ignore[attr-defined]
     watch_optimizers()
 

@@ -344,6 +344,24 @@ def document_lengths(documents: Documents) -> np.ndarray:
     return array.astype(np.int64)
 
 
+class Measured:
+    """Documents whose lengths are known, each read when it is asked for."""
+
+    def __init__(self, documents: Documents, lengths: np.ndarray) -> None:
+        self.documents, self.lengths = documents, lengths
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.documents[index]
+
+
+def measured(documents: Documents) -> Measured:
+    """Reads all documents once, unless they say how long they are."""
+    return Measured(documents, document_lengths(documents))
+
+
 def check_sequence(documents: Documents) -> None:
     """Raises ValueError for what cannot be planned up front."""
     if not hasattr(documents, "__len__") or not hasattr(documents, "__getitem__"):

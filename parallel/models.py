@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from hdp.parallel.metrics import gather_numbers
+from hdp.parallel.rotations import find_long_rotations
 from hdp.parallel.world import World
 
 SAMPLE = 64
@@ -43,6 +44,7 @@ def check_attention(model: nn.Module) -> None:
                 f"{type(part).__name__} is not supported: it has layers that carry a state from token to token, which would run"
                 " from one document into the next"
             )
+    find_long_rotations(model)
     config: Any = getattr(model, "config", None)
     if config is None:
         return

@@ -40,8 +40,11 @@ def rotated_by_document(rotations: Sequence[nn.Module], lengths: Tensor) -> Iter
     """Within it each of ``rotations`` rotates a token by the length of its own document; ``lengths`` [tokens] has these."""
     with contextlib.ExitStack() as exits:
         for module in rotations:
-            module.forward = _ByDocument(module, module.forward, lengths)  # type: ignore[method-assign]
-            exits.callback(delattr, module, "forward")
+            forward, had_own = module.forward, "forward" in vars(module)
+            module.forward = _ByDocument(module, forward, lengths)  # type: ignore[method-assign]
+            exits.callback(setattr, module, "forward", forward) if had_own else exits.callback(
+                delattr, module, "forward"
+            )
         yield
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hdp.attention.auto import AUTO, Chooser
@@ -21,20 +22,24 @@ logger = logging.getLogger("hdp")
 def take_assumptions(world: World, made: Assumptions | None) -> None:
     """Plans and choices are made for the model of the last engine, unless a user said for what.
 
-    What was measured since an engine of a like model is kept.
+    What was measured meanwhile is kept.
     """
-    runtime = world.runtime
-    if world.assumptions is None:
-        world.assumptions = made
-    elif world.assumed is not None and made != world.assumed:
+    runtime, known, before = world.runtime, world.assumptions, world.assumed
+    if known is None:
+        world.tell(made)
+    elif made is None or known is not world.told:
+        return
+    elif before is not None and made != before:
         if world.rank == 0:
             logger.warning(
                 "a model of another shape or dtype: batches are planned for it from now on; give loaders of the other model"
                 " cost= and topology="
             )
-        if runtime.chooser == assumed_chooser(world.assumed):
+        if runtime.chooser == assumed_chooser(before):
             runtime.chooser = None
-        world.assumptions = made
+        now, then = vars(known.cost), vars(before.cost)
+        changed = {name: value for name, value in now.items() if value != then[name]}
+        world.tell(replace(made, cost=replace(made.cost, **changed)))
     world.assumed = made
 
 

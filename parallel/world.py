@@ -42,6 +42,12 @@ class World:
     sets it from its model."""
     assumed: Assumptions | None = None
     """What the last engine assumed of its model, before anything was measured."""
+    told: Assumptions | None = None
+    """What :meth:`tell` set; a user's own ``assumptions`` are another object."""
+
+    def tell(self, assumptions: Assumptions | None) -> None:
+        """Sets ``assumptions`` for the user."""
+        self.assumptions = self.told = assumptions
 
     def close(self) -> None:
         """Leaves the job. Only what :func:`init` itself set up is taken down."""

@@ -90,8 +90,7 @@ def two_models(world: hdp.World) -> list[Any]:
         hdp.shard(model, world, **options)
         assert world.assumptions is not None
         found.append((world.assumptions.cost, world.runtime.chooser))
-    measured = replace(world.assumptions, cost=replace(world.assumptions.cost, copy_bandwidth=12345.0))
-    world.assumptions = measured
+    world.tell(measured := replace(world.assumptions, cost=replace(world.assumptions.cost, copy_bandwidth=12345.0)))
     hdp.shard(make_model(), world, mp_policy=policy)
     return [*found, world.assumptions == measured]
 
@@ -103,6 +102,30 @@ def test_plans_are_for_the_model_of_the_last_engine():
             assert half.ring_bytes == first.ring_bytes / 2 and half.linear == first.linear / 2
             assert faster.flops == 2 * chooser.flops
             assert is_kept  # what was measured is not forgotten for a like model
+
+
+def said_by_a_user(world: hdp.World) -> tuple[bool, bool, float]:
+    """Whether what a user said outlives engines of two shapes, whether what is known outlives a model without one, and what was
+    measured with another model."""
+    hdp.shard(make_model(), world)
+    assert world.assumptions is not None
+    world.tell(replace(world.assumptions, cost=replace(world.assumptions.cost, copy_bandwidth=12345.0)))
+    model = Shapeless()
+    known = world.assumptions
+    hdp.shard(model, world, layers=[model.body])
+    is_kept = world.assumptions is known
+    hdp.shard(make_model("mha"), world)
+    carried = world.assumptions.cost.copy_bandwidth
+    mine = replace(world.assumptions, flops=1.0)
+    world.assumptions = mine
+    hdp.shard(make_model(), world)
+    hdp.shard(make_model("mha"), world)
+    return world.assumptions is mine, is_kept, carried
+
+
+def test_what_a_user_said_and_what_was_measured_is_kept():
+    with Ranks(1) as alone:
+        assert alone.run(said_by_a_user) == [(True, True, 12345.0)]
 
 
 class Shapeless(torch.nn.Module):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
-from engines import full_gradients, make_engine, make_model, plan_batch
+from engines import CollectiveRecorder, full_gradients, make_engine, make_model, plan_batch
 from tiny import exact_gradient, gradient_errors, loss_sums, make_documents, make_reference
 
 import hdp
@@ -107,7 +108,7 @@ def fail_to_evaluate(world: hdp.World, name: str) -> bool:
     engine = made(world, name)
     engine.forward_backward(batch_of(world, engine, FIRST))
     before = held(engine)
-    wrong = make_documents([30, 30, 30, 30])
+    wrong = make_documents([60, 60, 60, 60])
     for document in wrong:
         document[3] = 5000
     with pytest.raises(ValueError, match="token id 5000"):
@@ -118,6 +119,68 @@ def fail_to_evaluate(world: hdp.World, name: str) -> bool:
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_evaluation_that_fails_leaves_gradients_as_they_were(ranks, name):
     assert all(ranks(world_of(name)).run(fail_to_evaluate, name))
+
+
+def fail_first(world: hdp.World, name: str, what: str) -> float:
+    """The first step, or evaluation, fails before the model has run; then the loss of a step with other weights."""
+    engine = made(world, name)
+    wrong = make_documents([60, 60, 60, 60])
+    for document in wrong:
+        document[3] = 5000
+    with pytest.raises(ValueError, match="token id 5000"):
+        if what == "step":
+            engine.forward_backward(plan_batch(world, engine, wrong, CAPACITY, planner="naive"))
+        else:
+            engine.evaluate(wrong, capacity=CAPACITY)
+    halve(engine)
+    return engine.forward_backward(batch_of(world, engine, FIRST)).loss
+
+
+def fail_in_forward(world: hdp.World, name: str, _: str) -> float:
+    """A forward pass of the user's own fails inside a layer."""
+    engine = made(world, name)
+    plain(engine)
+    layer: Any = engine.model.model.layers[1]
+    hook = layer.mlp.register_forward_pre_hook(lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        plain(engine)
+    hook.remove()
+    halve(engine)
+    return engine.forward_backward(batch_of(world, engine, FIRST)).loss
+
+
+@pytest.mark.parametrize("what", ["step", "evaluation", "forward"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_an_engine_outlives_what_fails_first(ranks, name, what):
+    run = fail_in_forward if what == "forward" else fail_first
+    assert ranks(world_of(name)).run(run, name, what) == pytest.approx([halved()] * world_of(name), rel=1e-5)
+
+
+def halved() -> float:
+    """Loss of the first batch with half the weights."""
+    model = make_reference()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        total, weight = loss_sums(model, make_documents(FIRST, seed=len(FIRST)))
+    return float(total) / weight
+
+
+def generate(world: hdp.World, name: str) -> tuple[int, int]:
+    """Gathers of three plain forward passes, within and without ``gathered``."""
+    engine = made(world, name)
+    counts = []
+    for context in (engine.gathered(), contextlib.nullcontext()):
+        with CollectiveRecorder() as recorder, context:
+            for _ in range(3):
+                plain(engine)
+        counts.append(sum("allgather" in call for call, *_ in recorder.calls))
+    return counts[0], counts[1]
+
+
+def test_generation_gathers_once_where_it_may(ranks):
+    for within, without in ranks(2).run(generate, "fsdp-step"):
+        assert without == 3 * within > 0
 
 
 def halve(engine: Any) -> None:

@@ -86,6 +86,10 @@ def test_a_part_of_a_document_is_rotated_as_the_whole(kind, lengths):
     with rotated_by_document([module], whole):
         found = module(x, positions)
     assert "forward" not in vars(module)
+    module.forward = alone.forward  # somebody's own
+    with rotated_by_document([module], whole):
+        assert torch.equal(module(x, positions)[0], found[0])
+    assert module.forward == alone.forward
     for got, parts in zip(found, zip(*wanted, strict=True), strict=True):
         assert torch.equal(got, torch.cat(parts, dim=1))
 
@@ -102,3 +106,19 @@ def test_rotations_that_change_with_what_was_seen_are_refused():
     assert not find_long_rotations(llama("linear", factor=2.0))
     assert not find_long_rotations(llama("yarn", factor=2.0, original_max_position_embeddings=64))
     assert len(find_long_rotations(phi3())) == 1
+
+
+def refused(world: hdp.World) -> list[bool]:
+    """Whether the model is still plain after each engine has refused it."""
+    found = []
+    for make in (hdp.shard, hdp.replicate):
+        model = llama("dynamic", factor=2.0)
+        model.set_attn_implementation("hdp")
+        with pytest.raises(ValueError, match="of type 'dynamic'"):
+            make(model, world)
+        found.append(type(model) is transformers.LlamaForCausalLM)
+    return found
+
+
+def test_a_refused_model_is_not_wrapped(ranks):
+    assert ranks(1).run(refused) == [[True, True]]

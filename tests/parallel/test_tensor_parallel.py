@@ -27,7 +27,7 @@ def split(model: Any, world: hdp.World) -> None:
         parallelize_module(layer, world.mesh["tp"], plan)
 
 
-def step(_: hdp.World, lengths: list[int], regime: str) -> Any:
+def step(_: hdp.World, lengths: list[int], regime: str, is_offloaded: bool = False) -> Any:
     with hdp.init(
         timeout=30.0, device="cpu", tensor_parallel=2
     ) as world:  # the ranks have joined: a second view of them
@@ -35,8 +35,11 @@ def step(_: hdp.World, lengths: list[int], regime: str) -> Any:
         split(model, world)
         engine = hdp.shard(model, world, regime=regime)
         batch = plan_batch(world, engine, make_documents(lengths), CAPACITY, planner="naive")
-        with CollectiveRecorder() as recorder:
+        with CollectiveRecorder() as recorder, OffloadEngine([HostTier()], min_bytes=64) as store:
+            if is_offloaded:
+                engine.activations = hdp.Activations(store=store, policy="offload", keep_first=0, keep_last=0)
             result = engine.forward_backward(batch)
+            assert (store.meter.left > 0) == is_offloaded
             norm = float(engine.clip_grad_norm_(1e9))
         calls = [(name, size) for name, _, size in recorder.calls]
         return world.rank, world.world_size, result.loss, norm, full_gradients(engine), calls
@@ -78,6 +81,39 @@ def test_what_is_spread_over_ranks_leaves_as_well(ranks):
     ((also, beside, found),) = ranks(1).run(offloaded, True)
     assert (also, beside) == (left, peak) and left > 0
     assert all(torch.equal(found[name], gradient) for name, gradient in exact.items())
+
+
+@pytest.mark.parametrize("regime", ["step", "slot"])
+def test_offload_keeps_the_bits(ranks, regime):
+    lengths = [10, 115, 40, 3, 73, 21]
+    for plain, found in zip(
+        ranks(4).run(step, lengths, regime), ranks(4).run(step, lengths, regime, True), strict=True
+    ):
+        assert found[2:4] == plain[2:4]
+        assert all(torch.equal(found[4][name], gradient) for name, gradient in plain[4].items())
+
+
+def changed(world: hdp.World) -> str:
+    """A tensor of several ranks is changed after it was saved."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,))
+    weight = torch.nn.Parameter(torch.randn(64, 64))
+    whole = distribute_tensor(torch.randn(64, 64), mesh, [Replicate()])
+    layer = torch.nn.Identity()
+    with OffloadEngine([HostTier()], min_bytes=64) as store:
+        try:
+            with store.micro_batch(layer, layers=[layer], policy="offload", ratio=1.0, keep_first=0, keep_last=0):
+                out = layer(whole) * distribute_tensor(weight, mesh, [Replicate()])
+                whole.add_(1.0)
+                out.sum().backward()
+        except RuntimeError as error:
+            return str(error)
+    return "nothing was refused"
+
+
+def test_changes_of_what_is_spread_are_seen(ranks):
+    assert "modified by an inplace operation" in ranks(1).run(changed)[0]
 
 
 def refuse(world: hdp.World) -> str:
