@@ -31,6 +31,7 @@ def keep_attention_in(model: nn.Module) -> None:
     Not to reentrant ones, which know no policy, nor to layers that hold compiled parts, of which no operator's output can be
     kept; ones that have a ``context_fn`` keep it.
     """
+    module: Any
     for module in model.modules():
         function: Any = getattr(module, "_gradient_checkpointing_func", None)
         if (

@@ -200,8 +200,8 @@ def _choose(case: Case) -> Choice:
             f" kept_limit={case.kept_limit} bytes: the least buffer is {least:.0f} bytes; use more ranks"
         )
     best = min(p.seconds for p in pairs)
-    least = min((p for p in pairs if p.seconds <= best * MARGIN), key=lambda p: p.sent_bytes)
-    close = (p for p in pairs if p.seconds <= best * FEWER_SLICES and _unsliced(p) == _unsliced(least))
+    sparing = min((p for p in pairs if p.seconds <= best * MARGIN), key=lambda p: p.sent_bytes)
+    close = (p for p in pairs if p.seconds <= best * FEWER_SLICES and _unsliced(p) == _unsliced(sparing))
     return min(close, key=lambda p: (p.messages, p.seconds))
 
 

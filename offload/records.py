@@ -113,8 +113,14 @@ def spread_of(whole: Tensor) -> Callable[[Tensor], Tensor]:
     from torch.distributed.tensor import DTensor
 
     assert isinstance(whole, DTensor)
-    fields = {"shape": whole.shape, "stride": whole.stride(), "run_check": False}
-    return partial(DTensor.from_local, device_mesh=whole.device_mesh, placements=whole.placements, **fields)
+    return partial(
+        DTensor.from_local,
+        device_mesh=whole.device_mesh,
+        placements=whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
 
 
 class Handle:

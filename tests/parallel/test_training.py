@@ -170,7 +170,7 @@ def refusals(world: hdp.World) -> dict[str, tuple[str, str]]:
     object.__setattr__(other, "plan", slot)
     note("regime", lambda: engine.forward_backward(other))
     note("timeout", lambda: hdp.init(timeout=0))
-    note("too long", lambda: engine.evaluate(documents, capacity=10))
+    note("too long", lambda: hdp.Loader(documents, world, tokens_per_step=99, capacity=10))
     note("fine", lambda: engine.forward_backward(batch))
     return found
 
