@@ -15,6 +15,7 @@ import hdp.attention.op  # noqa: F401  # the operator
 def keep_attention() -> tuple[Any, Any]:
     """``context_fn`` of ``torch.utils.checkpoint.checkpoint``: attention's out and lse are kept, all else runs again.
 
+    So is what its backward pass needs of received blocks (a ring one, Ulysses all heads' queries, keys and values).
     For checkpoints of one's own (``use_reentrant=False``); engines give it to those of transformers by themselves.
     """
     return create_selective_checkpoint_contexts(_policy)

@@ -1,14 +1,14 @@
 """Chooses the schedules of one sequence by cost: the cheapest by the programs' own byte and tile counts.
 
 Each candidate's programs are walked (``hdp.attention.counts``) for all members of small groups, and for some of large
-ones. A step takes as long as the longer of its computation and its slowest link, so
+ones. A step takes a little longer than the longer of its computation and its slowest link, so
 
     seconds = sum over steps of step_seconds + calls x call_seconds + messages x message_seconds
               + later(area / rate + all bytes x byte_seconds, latency + bytes on the slowest link / its rate),
     later(a, b) = (a^4 + b^4)^(1/4),
 
 the slowest member counts, forward and backward apart. ``later`` is a little more than the longer of the two: neither takes
-exactly as long as predicted, and the later one counts (a ring whose transfers take as long as its tiles shows 13 to 17 %).
+exactly as long as predicted, and the later one counts (figures in ``docs/attention.md``; why this form, in ``docs/log.md``).
 Among candidates within 1 % of the cheapest the one that sends least is taken: what is hidden here still uses links that
 others need. The same schedules in fewer slices of heads may take 3 % longer: what messages and calls cost is known worst.
 

@@ -203,9 +203,8 @@ def shard(
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": regime == "slot"}
     options["mp_policy"] = mp_policy or MixedPrecisionPolicy(reduce_dtype=torch.float32)
     options["offload_policy"] = offload_policy or OffloadPolicy()
-    before = [
-        (name, weakref.ref(parameter)) for name, parameter in model.named_parameters()
-    ]  # freed as they are sharded
+    # Weakly, for FSDP2 frees each whole parameter as it is sharded.
+    before = [(name, weakref.ref(parameter)) for name, parameter in model.named_parameters()]
     for layer in wrapped:
         fully_shard(layer, **options)
     # The root's head is the first that backward needs: gathering embedding and head again would bring nothing.

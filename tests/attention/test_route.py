@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from harness import Ranks
-from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.append(str(Path(__file__).parents[1] / "parallel"))
+from tiny import make_documents, make_model
 
 import hdp
 from hdp.attention.channel import VirtualNetwork
@@ -94,18 +97,8 @@ def documented(world: hdp.World) -> tuple[float, float]:
     blocks = re.findall(r"```python\n(.*?)```", text.partition("## In a model of your own")[2], flags=re.DOTALL)
     draw = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(5000, n, 8, generator=draw) for n in (4, 2, 2))
-    ids = torch.randint(0, 32, (5000,), generator=draw)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-    )
-    model = LlamaForCausalLM(config)
+    (ids,) = make_documents([5000])
+    model = make_model(attention="eager")
     plain = copy.deepcopy(model)
     model.set_attn_implementation("hdp")
     names = {"world": world, "step": 3, "q_all": q, "k_all": k, "v_all": v, "ids": ids, "model": model}
