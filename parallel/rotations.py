@@ -42,9 +42,8 @@ def rotated_by_document(rotations: Sequence[nn.Module], lengths: Tensor) -> Iter
         for module in rotations:
             forward, had_own = module.forward, "forward" in vars(module)
             module.forward = _ByDocument(module, forward, lengths)  # type: ignore[method-assign]
-            exits.callback(setattr, module, "forward", forward) if had_own else exits.callback(
-                delattr, module, "forward"
-            )
+            undo: Any = (setattr, module, "forward", forward) if had_own else (delattr, module, "forward")
+            exits.callback(*undo)
         yield
 
 
