@@ -14,7 +14,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: train test lint types format install recipe-smollm2 figures clean
+.PHONY: train test fuzz lint types format install recipe-smollm2 figures clean
 
 train: $(VENV)/.recipes  ## fine-tune a small Llama on Python's standard library, over two ranks
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/finetune.py $(ARGS)
@@ -24,6 +24,10 @@ recipe-smollm2: $(VENV)/.smollm2  ## a few steps on a pretrained model
 
 test: $(VENV)/.dev  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+# What it finds is kept in .hypothesis and tried first the next time; ARGS=--hypothesis-seed=7 draws the same examples again.
+fuzz: $(VENV)/.dev  ## property tests with random seeds and ten times the examples
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile fuzz --timeout 3600 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Fixtures of all tests: ranks that are started once a module, and the table of exactness errors."""
+"""Fixtures of all tests: ranks that are started once a module; the table of exactness errors; the profile of hypothesis."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fuzz
 import pytest
 
 # Before torch is imported, here or in a rank: ranks share the cores, and a pool of threads does not survive a fork.
@@ -81,4 +82,5 @@ class _Table:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    fuzz.load_profile(config.getoption("--hypothesis-profile", None) or "test")
     config.pluginmanager.register(_Table(config.getoption("--exactness")), "exactness-table")

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.attention.blocks import HeadBlocks
@@ -225,7 +226,7 @@ def test_a_program_is_needed_for_every_member() -> None:
         check_sequence(layout, Mask(), HEADS, programs("ring", layout)[:3], programs("ring", layout, backward=True))
 
 
-@settings(max_examples=120, deadline=None)
+@examples(120)
 @given(st.sampled_from(NAMES), st.integers(2, 5), st.booleans(), st.randoms(use_true_random=False))
 def test_any_one_thing_missing_is_noticed(name: str, size: int, backward: bool, draw: random.Random) -> None:
     """Takes one send, receive or tile out of any program: never goes unnoticed."""
@@ -283,7 +284,7 @@ def slots(draw: st.DrawFn) -> tuple[list[SharedSequence], list[SharedSequence]]:
     return forward, backward
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(slots())
 def test_any_mix_of_sequences_in_one_slot_completes(slot: tuple[list[SharedSequence], list[SharedSequence]]) -> None:
     for direction in slot:
@@ -366,7 +367,7 @@ def test_a_send_without_its_receive_is_refused(peer: int) -> None:
         check_exchange({0: [[send(peer)]], 1: [[]]})
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.integers(3, 16), st.randoms(use_true_random=False))
 def test_rotated_rounds_hang(size: int, draw: random.Random) -> None:
     """A global order completes; the same exchanges with each rank beginning at itself do not."""
@@ -389,7 +390,7 @@ def counts(name: str, layout: Layout, backward: bool, mask: Mask) -> list[Count]
     return [count(p, layout, mask, HEADS, m, sizes, backward) for m, p in enumerate(made)]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     st.sampled_from((*NAMES, "ring_q")),
     st.integers(2, 6),

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 from cases import SCHEDULES
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.attention.choose import Case, Links, Prediction, Rates, candidates, choose, predict
@@ -159,7 +160,7 @@ def test_kept_values_count_against_the_limit() -> None:
     assert choose(replace(c, kept_limit=0.9 * block_bytes(c))).names[1] != "ring"
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     st.integers(1, 8),
     st.sampled_from([(32, 32), (32, 8), (8, 1)]),

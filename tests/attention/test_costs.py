@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.attention.costs import Cost, cost
@@ -72,7 +73,7 @@ def test_closed_forms_equal_the_programs(name: str, causal: bool) -> None:
                     assert in_closed_form(*case) == walked(*case), case
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.sampled_from(NAMES), st.booleans(), st.integers(2, 24), st.integers(1, 40), st.booleans(), st.data())
 def test_closed_forms_hold_at_any_size(
     name: str, backward: bool, size: int, tokens: int, causal: bool, data: st.DataObject
@@ -84,7 +85,7 @@ def test_closed_forms_hold_at_any_size(
     assert in_closed_form(*case) == walked(*case)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(st.sampled_from(NAMES), st.booleans(), st.integers(2, 12), st.integers(500, 3000), st.booleans())
 def test_closed_forms_are_a_few_tokens_off_at_odd_lengths(
     name: str, backward: bool, size: int, length: int, causal: bool

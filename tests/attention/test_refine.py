@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import HEAD_DIM, HEADS, SCHEDULES, SCORING
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from virtual import Sequence_, attend_together, make_data
 
@@ -57,7 +58,7 @@ def test_only_what_is_called_a_chunk_changes(name: str, length: int, size: int, 
         assert cut is plain
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.sampled_from(["zigzag", "contiguous"]), st.booleans(), st.integers(2, 8), st.integers(0, 900), st.data())
 def test_direct_sends_what_the_window_needs(
     layout: str, causal: bool, size: int, length: int, data: st.DataObject

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.attention.checker import check_sequence
@@ -69,7 +70,7 @@ def test_every_pair_is_computed_once(name: str, heads: HeadCount) -> None:
                 prove(get_schedule(name), laid, mask, heads)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.sampled_from(NAMES),
     st.integers(1, 12),
@@ -86,7 +87,7 @@ def test_any_case(name: str, size: int, length: int, layout: str, mask: Mask, ke
     prove(get_schedule(name), laid, mask, HeadCount(query=key * group, key=key))
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(
     st.sampled_from(NAMES),
     st.sampled_from(("ring_q", "token_ring", "direct", "all_gather:2", "double_ring:1")),

@@ -9,7 +9,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.balance import CostModel, Link, Plan, PlanError, Topology, evaluate, plan
@@ -89,7 +90,7 @@ def test_only_the_longest_document_leaves_where_copies_show(regime: str) -> None
 
 @pytest.mark.parametrize("regime", ["step", "slot"])
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_small_batches_that_offload_are_not_behind_the_others(regime: str, data: st.DataObject) -> None:
     topology = Topology(world_size=data.draw(st.sampled_from([1, 2, 5, 8, 16])), ranks_per_node=4)
     capacity = data.draw(st.sampled_from([7, 300, 4000]))
@@ -151,7 +152,7 @@ def test_every_planner_keeps_to_host_memory(planner: str, allowed: str | float) 
     host=st.one_of(st.just(0.0), st.floats(1e6, 1e10)),
     bandwidth=st.floats(1e8, 1e12),
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_fewest_ranks_against_brute_force_and_eq3(
     length: int, layers: int, most: int, host: float, bandwidth: float
 ) -> None:
@@ -180,7 +181,7 @@ def test_fewest_ranks_against_brute_force_and_eq3(
     regime=st.sampled_from(["step", "slot"]),
     bandwidth=st.sampled_from([1e7, 1e9, 1e12]),
 )
-@settings(max_examples=80, deadline=None)
+@examples(80)
 def test_offload_never_makes_it_slower(lengths: list[int], allowed: object, regime: str, bandwidth: float) -> None:
     cost = replace(COST, copy_bandwidth=bandwidth)
     made = plan(lengths, TOPOLOGY, cost, capacity=CAPACITY, regime=regime, offload=allowed)

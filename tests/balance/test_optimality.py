@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.balance import CostModel, Link, Plan, Topology, evaluate, make_plan, plan
@@ -43,7 +44,7 @@ def makespan(lengths: object, world: int, regime: str, planner: str = "auto", **
 
 @pytest.mark.parametrize("regime", ["step", "slot"])
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_no_plan_beats_the_bound(regime: str, data: st.DataObject) -> None:
     world = data.draw(st.sampled_from([3, 8, 17, 24]))
     lengths = data.draw(st.lists(st.integers(1, 3 * CAPACITY), min_size=1, max_size=30))
@@ -69,7 +70,7 @@ def test_no_plan_beats_the_bound(regime: str, data: st.DataObject) -> None:
     slow=st.sampled_from([1.0, 20.0, 400.0, 1e4]),
     fewest=st.sampled_from([1, 1, 3, 30]),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_no_group_is_faster_than_the_best_one(
     length: int, world: int, latency: float, slow: float, fewest: int
 ) -> None:
@@ -170,7 +171,7 @@ def test_a_last_slot_takes_what_would_cost_another_barrier() -> None:
 
 @pytest.mark.parametrize("regime", ["step", "slot"])
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@examples(25)
 def test_small_batches_are_not_behind_the_others(regime: str, data: st.DataObject) -> None:
     """Few documents, capacities that cut most of them, micro-batches that cost something by themselves."""
     topology = Topology(world_size=data.draw(st.sampled_from([2, 5, 8, 16, 19])), ranks_per_node=4)
@@ -196,7 +197,7 @@ def test_not_behind_a_mesh_inside_the_node(name: str, world: int) -> None:
 
 @pytest.mark.parametrize("regime", ["step", "slot"])
 @given(lengths=st.lists(st.integers(0, 40000), min_size=1, max_size=40), seed=st.integers(0, 100))
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_the_order_of_the_batch_changes_nothing(regime: str, lengths: list[int], seed: int) -> None:
     def described(batch: list[int]) -> list[tuple]:
         made = make_plan(batch, world_size=8, capacity=CAPACITY, regime=regime, cost=COST)
@@ -236,7 +237,7 @@ def single_moves(made: Plan, lengths: list[int]) -> Iterator[Plan]:
     world=st.integers(4, 9),
     node=st.sampled_from([1, 4, 8]),
 )
-@settings(max_examples=30, deadline=None)
+@examples(30)
 def test_no_single_move_helps(regime: str, lengths: list[int], world: int, node: int) -> None:
     """No rank idles while another could give it a whole sequence and end the step earlier (by more than 2^-13 of it)."""
     topology = Topology(world_size=world, ranks_per_node=node)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.balance import PLANNERS, Link, Plan, PlanError, Topology, make_plan
@@ -41,7 +42,7 @@ def check(plan: Plan, lengths: list[int]) -> None:
 @pytest.mark.parametrize("regime", ["step", "slot"])
 @pytest.mark.parametrize("planner", PLANNERS)
 @given(data=st.data(), world=worlds, node=nodes)
-@settings(max_examples=20, deadline=None)
+@examples(20)
 def test_every_token_once_within_capacity(
     planner: str, regime: str, data: st.DataObject, world: int, node: int
 ) -> None:

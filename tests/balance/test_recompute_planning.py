@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.balance import CostModel, DoesNotFit, Link, Plan, PlanError, Topology, evaluate, plan
@@ -114,7 +115,7 @@ def test_what_fits_no_other_way_recomputes(planner: str, regime: str) -> None:
     bandwidth=st.sampled_from([1e7, 1e9, 1e12]),
     kept=st.sampled_from([(1, 1), (0, 1), (3, 2)]),
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_every_plan_fits_and_only_what_cannot_fit_is_refused(
     lengths: list[int], regime: str, planner: str, offload: Any, host: float, bandwidth: float, kept: tuple[int, int]
 ) -> None:
@@ -237,7 +238,7 @@ def test_the_extra_forward_is_counted() -> None:
 
 
 @given(lengths=st.lists(st.integers(0, 8000), min_size=1, max_size=8), regime=st.sampled_from(["step", "slot"]))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_one_clock(lengths: list[int], regime: str) -> None:
     """The loop over slots is that of ``evaluate``, with and without recomputation; timelines agree."""
     made = make(lengths, regime=regime, recompute="auto")
@@ -253,7 +254,7 @@ def test_one_clock(lengths: list[int], regime: str) -> None:
 
 
 @given(length=st.integers(4001, 12_000), bandwidth=st.sampled_from([1e7, 1e8, 1e9]), world=st.sampled_from([1, 2, 4]))
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_the_choice_is_by_the_clock_of_plans(length: int, bandwidth: float, world: int) -> None:
     """Of all layers and their smallest ratios the one whose plan is evaluated shortest."""
     cost = replace(COST, copy_bandwidth=bandwidth)
@@ -311,7 +312,7 @@ def test_everywhere_with_offload() -> None:
 @given(
     layers=st.integers(1, 100), step=st.integers(0, 64), capacity=st.integers(1, 100_000), tokens=st.integers(1, 10**6)
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_two_layers_are_the_default(layers: int, step: int, capacity: int, tokens: int) -> None:
     """A cost model says the same as a number of layers, to the bit."""
     cost = replace(COST, layers=layers)
@@ -326,7 +327,7 @@ def test_two_layers_are_the_default(layers: int, step: int, capacity: int, token
     regime=st.sampled_from(["step", "slot"]),
     planner=st.sampled_from(BY_RANK),
 )
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_ratios_of_the_default_are_the_planners_own(lengths: list[int], regime: str, planner: str) -> None:
     made = make(lengths, regime=regime, planner=planner, offload=1.0)
     problem = problem_of(lengths, regime=regime, planner=planner, offload=1.0)
@@ -339,7 +340,7 @@ def test_ratios_of_the_default_are_the_planners_own(lengths: list[int], regime: 
     length=st.integers(1, 20_000),
     most=st.integers(0, 64),
 )
-@settings(max_examples=200, deadline=None)
+@examples(200)
 def test_capacity_follows_the_layers_kept(first: int, last: int, length: int, most: int) -> None:
     """Against the layers one by one, as the engine treats them; two at least are on the device."""
     cost = replace(COST, keep_first=first, keep_last=last)

@@ -8,7 +8,8 @@ from fractions import Fraction
 from math import ceil
 
 import pytest
-from hypothesis import assume, example, given, settings
+from fuzz import examples
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from hdp.balance.cost import CostModel
@@ -51,7 +52,7 @@ def cost(layers=32, bandwidth=20 * GB, host=0.0, quadratic=1e-11, linear=4e-7, a
     )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(
     st.integers(1, 3_000_000), st.integers(1000, 20_000), st.integers(1, 90), st.floats(1e8, 1e12), st.floats(0, 1e12)
 )
@@ -234,7 +235,7 @@ def test_auto_pays_only_when_it_must_and_says_what():
         choose(profile(seconds=0.0), layers=20, bandwidth=1.0)
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(
     st.floats(1e-3, 10), st.integers(10, 10_000), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1e5),
     st.integers(3, 60), st.one_of(st.none(), st.integers(0, 10**6)), st.floats(0, 1.2),

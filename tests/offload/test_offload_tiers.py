@@ -15,7 +15,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from offload_helpers import make_zoo, token_ids
 
@@ -81,7 +82,7 @@ def test_leases_come_back_when_their_storage_is_freed():
 # ---------------------------------------------------------------- extents
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 20_000)), max_size=60), st.randoms(use_true_random=False))
 def test_extents_never_overlap_and_join_again(steps, rng):
     extents, held = ExtentMap(block=PAGE), []
@@ -103,7 +104,7 @@ def test_extents_never_overlap_and_join_again(steps, rng):
 # ---------------------------------------------------------------- what leaves
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     st.integers(1, 5), st.integers(1, 400), st.sampled_from([1, 3, 16, 64]), st.floats(0, 1),
     st.sampled_from([(0, 1, 2), (1, 0, 2), (2, 1, 0)]), st.booleans(),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.balance import Plan, make_plan
@@ -95,7 +96,7 @@ SEQUENCES = st.integers(1, 5).flatmap(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@examples(300)
 @given(SEQUENCES, st.sampled_from(["step", "slot"]))
 def test_every_plan_runs_through(drawn, regime):
     world, sequences = drawn
@@ -115,7 +116,7 @@ def test_every_plan_runs_through(drawn, regime):
         assert all([w.reduces for w in ws] == [False] * (len(ws) - 1) + [True] for ws in works_of.values())
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(SEQUENCES)
 def test_a_closing_micro_batch_is_added_only_if_the_step_would_hang_without(drawn):
     world, sequences = drawn
@@ -128,7 +129,7 @@ def test_a_closing_micro_batch_is_added_only_if_the_step_would_hang_without(draw
         check_arrangement(without)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.integers(1, 9),
     st.lists(st.integers(0, 300), min_size=1, max_size=40),

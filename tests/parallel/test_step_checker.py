@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from engines import CollectiveRecorder, make_engine, make_model, plan_batch, regime_of
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_documents
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -72,7 +73,7 @@ PLANS = st.sampled_from([1, 2, 3, 4]).flatmap(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@examples(150)
 @given(PLANS, st.sampled_from(["step", "slot"]), st.sampled_from(SCHEDULES))
 def test_every_step_runs_through(drawn, regime, schedule):
     world, sequences = drawn
@@ -83,7 +84,7 @@ def test_every_step_runs_through(drawn, regime, schedule):
             check_step(plan, collectives)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     st.sampled_from([2, 3, 4, 6]), st.lists(st.integers(1, 250), min_size=1, max_size=20),
     st.sampled_from(["naive", "static", "auto"]), st.sampled_from(["step", "slot"]),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from test_simulator import COST, FAST, LAYERS, SLOW, near, of, world
 
@@ -53,7 +54,7 @@ def test_no_message_comes_again():
     assert again.seconds - usual.seconds == near(2 * 50 * 1e-3)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     st.lists(st.integers(1, 5000), min_size=1, max_size=30),
     st.integers(1, 4),

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzz import examples
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hdp.attention.costs import cost as closed_form
@@ -177,7 +178,7 @@ def test_order_of_one_forward_one_backward():
 # ---------------------------------------------------------------- against the rest of the library
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(st.lists(st.integers(0, 5000), min_size=1, max_size=40), st.integers(1, 6), st.booleans())
 def test_equals_evaluate_without_communication(lengths: list[int], size: int, random_slots: bool):
     """Whole documents only: both are sums, to the tick."""
@@ -257,7 +258,7 @@ def plans(draw: st.DrawFn) -> tuple[Plan, Topology]:
     return plan(lengths, topology, COST, capacity=4096, planner=planner, regime=regime), topology
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(plans(), st.sampled_from(["none", "replicated", "sharded"]))
 def test_slower_parts_never_help(case: tuple[Plan, Topology], sharding: str):
     made, topology = case
@@ -276,7 +277,7 @@ def test_slower_parts_never_help(case: tuple[Plan, Topology], sharding: str):
         assert simulate(made, COST, replace(cluster, gradient_bytes=2e5)).ticks >= base.ticks - slack
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(plans())
 def test_deterministic(case: tuple[Plan, Topology]):
     made, topology = case
