@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -29,6 +28,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from ports import ReservedPort
 from torch.distributed import TCPStore
 
 PRELOAD = [
@@ -86,7 +86,8 @@ class Ranks:
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory(prefix="hdp-ranks-")
         self._store = None if rank0_hosts_store else TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        port = self._store.port if self._store is not None else free_port()
+        self._port = None if self._store is not None else ReservedPort()
+        port = self._store.port if self._store is not None else self._port.number
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
@@ -149,6 +150,8 @@ class Ranks:
                 process.join()
             process.close()
         self._pipes, self._processes = [], []
+        if self._port is not None:
+            self._port.close()
         self._folder.cleanup()
 
     def __enter__(self) -> Ranks:
@@ -184,12 +187,6 @@ def start_server() -> None:
     """Starts the fork server; it goes on importing while this process does."""
     _CONTEXT.set_forkserver_preload(PRELOAD)
     forkserver.ensure_running()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _ready(world: Any) -> None:

@@ -12,12 +12,14 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))
+from ports import ReservedPort
 
 IMPORTS = ("torch", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama", "matplotlib.pyplot")
 IMPORTS += ("hdp.data", "hdp.report", "hdp.parallel.fsdp", "hdp.parallel.loader", "hdp.attention.huggingface")
@@ -72,13 +74,11 @@ def _serve() -> None:
 
 
 def _run_job(request: dict) -> dict:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = ReservedPort()
     files = [
         Path(request["folder"]) / f"rank{rank}.{os.getpid()}.{time.monotonic_ns()}" for rank in range(request["ranks"])
     ]
-    running = {_fork(request, rank, port, file): rank for rank, file in enumerate(files)}
+    running = {_fork(request, rank, port.number, file): rank for rank, file in enumerate(files)}
     codes, began, timed_out = {}, time.monotonic(), False
     while running:
         for pid in list(running):
@@ -92,6 +92,7 @@ def _run_job(request: dict) -> dict:
                 os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
         timed_out |= late
         time.sleep(0.02)
+    port.close()
     outputs = [file.read_text(errors="replace") for file in files]
     return {"codes": [codes[rank] for rank in range(request["ranks"])], "outputs": outputs, "timed_out": timed_out}
 
