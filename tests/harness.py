@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
@@ -42,8 +42,19 @@ PRELOAD = [
     "pytest",
 ]
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-GRACE = 15.0
+CONTEXT = multiprocessing.get_context("forkserver")
+
+# Limits end what hangs and measure nothing: a slow machine whose cores are busy with other work stays far below them.
+PATIENCE = 200.0
+"""Seconds that ranks wait for each other (``hdp.init``). No rank is ever so late, so a peer that is lost ends it sooner."""
+IMPATIENCE = 10.0
+"""The same where a test makes ranks wait for what never comes. Joining takes a fifth of a second, on busy cores too."""
+LIMIT = 600.0
+"""Seconds that a call may take. More than any time-out of ranks, so that they end by themselves, with their own error."""
+IN_VAIN = 150.0
+"""Seconds that a call with :data:`IMPATIENCE` may take: less than ``hdp.init`` waits if nobody says anything, so that ranks
+which do not keep to their time-out are killed, and seen to have been."""
+GRACE = 120.0
 """Seconds that the other ranks have to end once one has failed."""
 
 
@@ -81,7 +92,7 @@ class Ranks:
             does it.
     """
 
-    def __init__(self, world_size: int, *, timeout: float = 30.0, rank0_hosts_store: bool = False) -> None:
+    def __init__(self, world_size: int, *, timeout: float = PATIENCE, rank0_hosts_store: bool = False) -> None:
         start_server()
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory(prefix="hdp-ranks-")
@@ -91,28 +102,28 @@ class Ranks:
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
-            mine, theirs = _CONTEXT.Pipe()
+            mine, theirs = CONTEXT.Pipe()
             arguments = (rank, world_size, port, rank0_hosts_store, timeout, theirs, str(self.output(rank)))
-            process = _CONTEXT.Process(target=_serve, args=arguments, daemon=True, name=f"rank{rank}")
+            process = CONTEXT.Process(target=_serve, args=arguments, daemon=True, name=f"rank{rank}")
             process.start()
             theirs.close()
             self._pipes.append(mine)
             self._processes.append(process)
-        self.run(_ready, limit=100.0)
+        self.run(_ready)
 
-    def run(self, function: Callable[..., Any], *arguments: Any, limit: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What ``function(world, *arguments)`` returned on each rank. Raises RanksFailed if any did not return."""
-        outcomes = self.outcomes(function, *arguments, limit=limit)
+        outcomes = self.outcomes(function, *arguments)
         if any(outcome.error or outcome.exit_code is not None for outcome in outcomes):
             raise RanksFailed("\n" + "\n".join(map(str, outcomes)))
         return [outcome.value for outcome in outcomes]
 
     def outcomes(
-        self, function: Callable[..., Any], *arguments: Any, limit: float = 60.0, grace: float = GRACE
+        self, function: Callable[..., Any], *arguments: Any, limit: float = LIMIT, stuck: Collection[int] = ()
     ) -> list[Outcome]:
         """How ``function`` ended on each rank, well or not. After a failure no rank is left and ``alive`` is False.
 
-        ``limit``: seconds that it may take; ``grace``: seconds that are left for the others when one has failed.
+        ``limit``: seconds that it may take; ``stuck``: ranks that will not end by themselves, and are killed after the others.
         """
         call = pickle.dumps((function, arguments))
         for pipe in self._pipes:
@@ -120,18 +131,21 @@ class Ranks:
                 pipe.send_bytes(call)
         began, until = time.monotonic(), limit
         found: dict[int, Outcome] = {}
-        while len(found) < self.world_size and (left := until - (time.monotonic() - began)) > 0:
+        awaited = set(range(self.world_size)) - set(stuck)
+        while awaited - found.keys() and (left := until - (time.monotonic() - began)) > 0:
             waiting = {self._pipes[r]: r for r in range(self.world_size) if r not in found}
             for pipe in wait(list(waiting), timeout=left):
                 outcome = self._receive(waiting[pipe], time.monotonic() - began)
                 found[outcome.rank] = outcome
                 if outcome.exit_code is not None:
-                    until = min(until, outcome.seconds + grace)
+                    until = min(until, outcome.seconds + GRACE)
         if len(found) == self.world_size and all(o.exit_code is None for o in found.values()):
             return [found[rank] for rank in range(self.world_size)]
         late = self._end(missing=[rank for rank in range(self.world_size) if rank not in found])
         found |= {o.rank: o for o in late}
-        outputs = [self.output(rank).read_text(errors="replace") for rank in range(self.world_size)]
+        outputs = [
+            o.read_text(errors="replace") if o.exists() else "" for o in map(self.output, range(self.world_size))
+        ]
         return [Outcome(**{**found[r].__dict__, "output": outputs[r]}) for r in range(self.world_size)]
 
     @property
@@ -185,7 +199,7 @@ class Ranks:
 
 def start_server() -> None:
     """Starts the fork server; it goes on importing while this process does."""
-    _CONTEXT.set_forkserver_preload(PRELOAD)
+    CONTEXT.set_forkserver_preload(PRELOAD)
     forkserver.ensure_running()
 
 

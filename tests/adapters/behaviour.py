@@ -33,7 +33,7 @@ class Jobs:
 
     def __init__(self, model: str, folder: Path) -> None:
         self.source, self.folder = model, folder
-        self.world = hdp.init(timeout=60, device="cpu")
+        self.world = hdp.init(device="cpu")
 
     def model(self) -> Any:
         return AutoModelForCausalLM.from_pretrained(self.source, dtype=torch.float32)

@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM
 STEPS = ("--steps", 10, "--tokens-per-step", SETTINGS["tokens_per_step"], "--capacity", 128)
 TOLERANCE = 1e-5
 
-pytestmark = pytest.mark.timeout(300)  # the first test waits for the server's imports and for plain training
-
 
 def agree(found: list[float], expected: list[float]) -> None:
     assert len(found) == len(expected) > 0

@@ -28,7 +28,6 @@ GROUPS = {
 }
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("group", GROUPS)
 def test_behaviour(server, reference, base, tmp_path, group):
     server.run(BEHAVIOUR, base / "model", tmp_path, *GROUPS[group], ranks=2, folder=tmp_path).check()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Ranks
+from harness import IMPATIENCE, IN_VAIN, Ranks
 
 sys.path.append(str(Path(__file__).parents[1] / "parallel"))
 from tiny import make_documents, make_model
@@ -148,7 +148,7 @@ def disagree(world: hdp.World, schedule: str, other: dict) -> str:
 )
 def test_ranks_that_describe_a_sequence_in_two_ways_end_in_an_error(schedule, other):
     """Whatever each sends, the other takes it for nothing else."""
-    with Ranks(2, timeout=4.0) as two:
-        for outcome in two.outcomes(disagree, schedule, other):
+    with Ranks(2, timeout=IMPATIENCE) as two:
+        for outcome in two.outcomes(disagree, schedule, other, limit=IN_VAIN):
             text = outcome.value or outcome.error
             assert f"rank {outcome.rank}, " in text and ("sequence 3" in text or "sequence 4" in text), outcome

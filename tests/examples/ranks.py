@@ -23,7 +23,7 @@ from ports import ReservedPort
 
 IMPORTS = ("torch", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama", "matplotlib.pyplot")
 IMPORTS += ("hdp.data", "hdp.report", "hdp.parallel.fsdp", "hdp.parallel.loader", "hdp.attention.huggingface")
-LIMIT = 100.0  # seconds that one job may take
+LIMIT = 600.0  # seconds that one job may take: it ends what hangs, and less than a test may take
 
 
 @dataclass(frozen=True, kw_only=True)

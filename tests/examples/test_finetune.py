@@ -11,7 +11,7 @@ from ranks import Server
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
 SMALL = ["--max-length", "256", "--capacity", "128", "--tokens-per-step", "640", "--steps", "4", "--lr", "5e-3"]
-SMALL += ["--held-out", "0.2", "--held-out-tokens", "600", "--timeout", "60"]
+SMALL += ["--held-out", "0.2", "--held-out-tokens", "600", "--timeout", "300"]
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,6 @@ def test_torchrun_closes_with_the_same_error(tmp_path, corpus):
         capture_output=True,
         check=False,
         text=True,
-        timeout=110,
     )
     assert done.returncode != 0
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

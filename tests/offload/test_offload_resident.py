@@ -58,7 +58,7 @@ def step(folder: str, setting: dict[str, Any]) -> dict[str, int]:
 def measured(folder: str, setting: str) -> dict[str, int]:
     code = f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent)!r}); import {Path(__file__).stem} as t; "
     code += f"print(json.dumps(t.step({folder!r}, json.loads({setting!r}))))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=90, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Ranks
+from harness import IMPATIENCE, IN_VAIN, Ranks
 
 import hdp
 from hdp.attention.lowered import Packet, Ref
@@ -135,9 +135,9 @@ def never_sent(world: hdp.World) -> None:
 
 
 def test_an_error_names_rank_place_tensor_sequence_and_peer():
-    ranks = Ranks(2, timeout=3.0)
+    ranks = Ranks(2, timeout=IMPATIENCE)
     try:
-        first, second = ranks.outcomes(never_sent, limit=30.0)
+        first, second = ranks.outcomes(never_sent, limit=IN_VAIN)
     finally:
         ranks.close()
     assert second.error is None

@@ -13,22 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Outcome, Ranks
+from harness import IMPATIENCE, IN_VAIN, Outcome, Ranks
 from tiny import make_documents, make_model
 
 import hdp
 from hdp.parallel import collectives
 from hdp.parallel.guard import _is_communication_error
 
-TIMEOUT = 5.0
-"""Seconds that ranks wait for each other."""
-
 
 def fail(how: str) -> None:
     if how == "raises":
         raise KeyError("the data set is on fire")
     if how == "spins":
-        time.sleep(60)
+        time.sleep(3600)
     os.kill(os.getpid(), {"is killed": signal.SIGKILL, "stops": signal.SIGSTOP}[how])
 
 
@@ -59,10 +56,10 @@ def train(world: hdp.World, victim: int, how: str, where: str, schedule: str | N
 
 
 def survivors(victim: int, how: str, where: str, schedule: str | None = None, **options) -> list[Outcome]:
-    ranks = Ranks(3, timeout=TIMEOUT, **options)
-    grace = 15.0 if how in ("is killed", "raises") else 3.0  # the victim itself will never end
+    ranks = Ranks(3, timeout=IMPATIENCE, **options)
+    stuck = () if how in ("is killed", "raises") else (victim,)
     try:
-        outcomes = ranks.outcomes(train, victim, how, where, schedule, limit=30.0, grace=grace)
+        outcomes = ranks.outcomes(train, victim, how, where, schedule, limit=IN_VAIN, stuck=stuck)
     finally:
         ranks.close()
     if how == "is killed":
@@ -118,9 +115,9 @@ def end_early(world: hdp.World, victim: int) -> None:
 
 
 def test_a_rank_that_left_is_named():
-    ranks = Ranks(3, timeout=TIMEOUT)
+    ranks = Ranks(3, timeout=IMPATIENCE)
     try:
-        outcomes = ranks.outcomes(end_early, 1, limit=30.0)
+        outcomes = ranks.outcomes(end_early, 1, limit=IN_VAIN)
     finally:
         ranks.close()
     for rank in (0, 2):
@@ -145,9 +142,9 @@ def blocked(world: hdp.World, output: Path) -> None:
 
 
 def test_sigterm_is_answered_while_blocked_in_a_transfer():
-    ranks = Ranks(2, timeout=30.0)
+    ranks = Ranks(2)
     try:
-        first, second = ranks.outcomes(blocked, ranks.output(0), limit=20.0)
+        first, second = ranks.outcomes(blocked, ranks.output(0))
     finally:
         ranks.close()
     assert second.error is None, second
@@ -179,20 +176,20 @@ SCRIPT = """
 import os, time
 import torch
 import hdp
-world = hdp.init(timeout=100, device="cpu")
+world = hdp.init(device="cpu")
 if world.rank == 2:
-    while not os.path.exists("reached"):
+    while not (os.path.exists("reached by 0") and os.path.exists("reached by 1")):
         time.sleep(0.1)
-    time.sleep(1)
+    time.sleep(1)  # rank 0 is inside gloo by now, or says the same a moment before
     os._exit(3)
 route = hdp.Route(world.runtime, [hdp.RouteShard(
     sequence=0, length=100, group=(0, 1), schedule="ring", schedule_backward="ring"
 )])
 q = torch.randn(50, 2, 16)
 with world.guard.watch("step 4, slot 1, forward"):
+    open(f"reached by {world.rank}", "w").close()
     if world.rank == 1:
-        open("reached", "w").close()
-        time.sleep(90)  # rank 0 waits for this rank
+        time.sleep(3600)  # rank 0 waits for this rank
     hdp.attend(q, q, q, route=route)
 """
 
@@ -205,7 +202,6 @@ def test_under_torchrun_the_survivors_say_where_they_stood(tmp_path):
         check=False,
         capture_output=True,
         text=True,
-        timeout=100,
         cwd=tmp_path,
     )
     assert done.returncode == 1

@@ -276,9 +276,9 @@ def read(world: hdp.World) -> None:
 
 
 def test_a_rank_that_cannot_read_a_document_is_named_by_the_others():
-    ranks = Ranks(2, timeout=10.0)
+    ranks = Ranks(2)
     try:
-        first, second = ranks.outcomes(read, limit=30.0)
+        first, second = ranks.outcomes(read)
     finally:
         ranks.close()
     assert second.error.startswith("OSError: document ")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines import make_engine, make_model, plan_batch
-from harness import Ranks
+from harness import PATIENCE, Ranks
 from tiny import make_documents
 
 import hdp
@@ -53,7 +53,7 @@ def again(world: hdp.World, **options: Any) -> hdp.World:
     world.close()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return hdp.init(timeout=20.0, device="cpu", **options)
+    return hdp.init(timeout=PATIENCE, device="cpu", **options)
 
 
 def joined(world: hdp.World, options: list[dict[str, Any]]) -> str:

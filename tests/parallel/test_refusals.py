@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engines import make_engine, plan_batch
-from harness import Ranks
+from harness import PATIENCE, Ranks
 from tiny import make_documents, make_model
 
 import hdp
@@ -148,7 +148,7 @@ def join_again(world: hdp.World) -> float:
     """A second job of the same processes after the first has ended."""
     world.close()
     torch.distributed.destroy_process_group() if torch.distributed.is_initialized() else None
-    with hdp.init(timeout=20.0, device="cpu") as again:
+    with hdp.init(timeout=PATIENCE, device="cpu") as again:
         engine = make_engine(again, "fsdp-step", make_model())
         return engine.forward_backward(plan_batch(again, engine, make_documents([60, 9]), 32, planner="naive")).loss
 

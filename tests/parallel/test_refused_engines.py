@@ -122,7 +122,7 @@ def test_refused_on_every_rank(ranks, what):
 
 
 def beside_tensor_parallelism(_: hdp.World, name: str) -> str:
-    with hdp.init(timeout=30.0, device="cpu", tensor_parallel=2) as world:
+    with hdp.init(device="cpu", tensor_parallel=2) as world:
         try:
             make_engine(world, name, make_model())
         except ValueError as error:

@@ -28,9 +28,7 @@ def split(model: Any, world: hdp.World) -> None:
 
 
 def step(_: hdp.World, lengths: list[int], regime: str, is_offloaded: bool = False) -> Any:
-    with hdp.init(
-        timeout=30.0, device="cpu", tensor_parallel=2
-    ) as world:  # the ranks have joined: a second view of them
+    with hdp.init(device="cpu", tensor_parallel=2) as world:  # the ranks have joined: a second view of them
         model = make_model("gqa")
         split(model, world)
         engine = hdp.shard(model, world, regime=regime)

@@ -195,9 +195,9 @@ def wrong_label(world: hdp.World) -> None:
 
 
 def test_a_label_outside_the_vocabulary_is_named_by_all():
-    ranks = Ranks(2, timeout=10.0)
+    ranks = Ranks(2)
     try:
-        outcomes = ranks.outcomes(wrong_label, limit=30.0)
+        outcomes = ranks.outcomes(wrong_label)
     finally:
         ranks.close()
     told = [o for o in outcomes if o.error.startswith(f"ValueError: label {VOCABULARY} is outside the vocabulary of")]
