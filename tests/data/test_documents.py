@@ -1,7 +1,6 @@
 """The data layer: every source gives the documents that were put in, and says what it left out."""
 
 import json
-import multiprocessing
 import os
 import pickle
 import resource
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness import CONTEXT, start_server
 
 from hdp.data import ByteTokenizer, DataError, DataWarning, open_documents
 from hdp.data.sources import standard_library
@@ -240,7 +240,7 @@ def test_only_rank_0_warns(tmp_path, cache, monkeypatch):
     folder = write_folder(tmp_path / "text", {**TEXTS, "empty.txt": b""})
     monkeypatch.setenv("RANK", "1")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", DataWarning)
         open_documents(folder, cache=cache)
 
 
@@ -296,13 +296,14 @@ def _open_in_a_process(folder: Path, cache: Path, answers) -> None:
 
 def test_processes_that_start_together_tokenise_once(tmp_path, cache):
     folder = write_folder(tmp_path / "text", {f"{i}.txt": "word " * 2000 for i in range(40)})
-    context = multiprocessing.get_context("fork")
-    answers = context.SimpleQueue()
-    processes = [context.Process(target=_open_in_a_process, args=(folder, cache, answers)) for _ in range(4)]
+    start_server()
+    answers = CONTEXT.SimpleQueue()
+    arguments = (folder, cache, answers)
+    processes = [CONTEXT.Process(target=_open_in_a_process, args=arguments, daemon=True) for _ in range(4)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(timeout=60)
+        process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     assert {answers.get() for _ in processes} == {(40, 40 * 10001)}
     assert len([entry for entry in cache.iterdir() if entry.is_dir()]) == 1

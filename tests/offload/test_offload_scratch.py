@@ -18,7 +18,7 @@ from hdp.offload.scratch import PREFIX, ScratchFile
 def crash(folder, named):
     """A process in the middle of a step, some of its activations on disk, to be killed; and its file's path, if it has one."""
     code = f"""
-import sys, time
+import sys
 sys.path.insert(0, {os.path.dirname(__file__)!r})
 from offload_helpers import make_zoo, token_ids
 from hdp.offload import FileTier, OffloadEngine
@@ -26,12 +26,12 @@ tier = FileTier({str(folder)!r}, named={named})
 engine, model = OffloadEngine([tier], min_bytes=512), make_zoo()
 with engine.micro_batch(model, tokens=48):
     loss = model(token_ids(48))
-    time.sleep(0.2)  # the last copies
+    engine._copies.host_out.run(lambda: None).wait()  # the last copies
     assert tier.used > 0 and tier.file.allocated > 0
     print(tier.file.path, flush=True)
-    time.sleep(60)
+    sys.stdin.read()  # until this test ends, at the latest
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     path = process.stdout.readline().strip()
     return process, path
 
@@ -47,8 +47,7 @@ def test_nothing_is_left_after_a_crash(tmp_path, named):
         with_owner.close()
     finally:
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.communicate()
     after = ScratchFile(tmp_path)
     assert [str(p) for p in after.swept] == ([path] if named else [])
     assert list(tmp_path.iterdir()) == []

@@ -224,7 +224,7 @@ class Faulty(FileTier):
     def pwrite(self, data, offset):
         if self._due("write"):
             if self.gate is not None:
-                assert self.gate.wait(60)
+                self.gate.wait()
             if "full" in self.fault:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if "short" in self.fault:
@@ -298,20 +298,25 @@ def test_an_error_that_is_told_at_the_end_is_told_once(tmp_path, backward):
     assert engine.meter.device == 0 and tier.used == 0
 
 
+def copying() -> list[str]:
+    """Threads that copy; others of the process may come and go."""
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("hdp-offload-"))
+
+
 def test_what_fails_at_the_end_is_closed_all_the_same(tmp_path):
-    model, ids, before = make_zoo(), token_ids(TOKENS), threading.active_count()
+    model, ids, before = make_zoo(), token_ids(TOKENS), copying()
     tier = Faulty(tmp_path, named=True)
     engine = OffloadEngine([tier], min_bytes=512)
     with engine.micro_batch(model, tokens=TOKENS):
         loss = model(ids)
-    assert len(list(tmp_path.iterdir())) == 1 and threading.active_count() == before + 2
+    assert len(list(tmp_path.iterdir())) == 1 and len(copying()) == len(before) + 2
     tier.fault, tier.good = "read error", 0
     with pytest.raises(OffloadError, match="Input/output error"):
         loss.backward()
     engine._note(OSError(errno.EIO, "a copy out that failed meanwhile"), next(iter(engine._known.values())))
     with pytest.raises(OffloadError, match="failed meanwhile"):
         engine.close()
-    assert list(tmp_path.iterdir()) == [] and threading.active_count() == before
+    assert list(tmp_path.iterdir()) == [] and copying() == before
     with pytest.raises(OffloadError, match="is closed: make a new one"):
         engine.micro_batch(model)
     with pytest.raises(OffloadError, match="copies were ended"):
@@ -351,7 +356,7 @@ try:
 except OffloadError as error:
     print(error)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert "disk: write of" in out.stdout or "short write" in out.stdout, out
 
 
@@ -473,11 +478,11 @@ def test_bandwidth_is_measured_with_all_ranks_copying_at_once(tmp_path):
         assert tier.used == tier.owned == 0
         tier.close()
 
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(2)]
+    threads = [threading.Thread(target=rank_main, args=(rank,), daemon=True) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join()
     assert results[0] == results[1] and 0 < results[0].least == min(results[0].out, results[0].back)
 
 
