@@ -59,7 +59,7 @@ def test_the_ten_lines_run_over_two_ranks(server, folder):
 
 def test_alone_the_long_document_is_refused_and_the_rest_trains(server, folder):
     refused = run(server, folder, 1)
-    assert refused.codes == [1] and "8192" in refused.outputs[0]  # the capacity, named
+    assert refused.codes == [1] and "does not fit 1 ranks x 8192 tokens" in refused.outputs[0]
     rows = (folder / "corpus.jsonl").read_text().splitlines(keepends=True)
     (folder / "corpus.jsonl").write_text("".join(rows[:-1]))
     outcome = run(server, folder, 1).check()

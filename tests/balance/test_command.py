@@ -72,22 +72,22 @@ def test_too_long_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "line"),
+    ("text", "said"),
     [
-        ("3\nx\n", "line 2"),
-        ("1\n\n2\n", "line 2"),
-        ("1.5\n", "line 1"),
-        ("7\n-1\n", "line 2"),
-        ("1_0\n", "line 1"),
-        ("9" * 30 + "\n", "line 1"),
-        ("", "is empty"),
+        ("3\nx\n", "{}, line 2: 'x'"),
+        ("1\n\n2\n", "{}, line 2: ''"),
+        ("1.5\n", "{}, line 1: '1.5'"),
+        ("7\n-1\n", "{}, line 2: '-1'"),
+        ("1_0\n", "{}, line 1: '1_0'"),
+        ("9" * 30 + "\n", "{}, line 1: '999"),
+        ("", "lengths file '{}' is empty"),
     ],
 )
-def test_bad_files_name_the_line(text: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_files_name_the_line(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "lengths.txt"
     path.write_text(text)
     assert main(["plan", "--lengths", str(path), *ARGUMENTS]) == 2
-    assert line in capsys.readouterr().err
+    assert said.format(path) in capsys.readouterr().err
     assert main(["plan", "--lengths", str(tmp_path / "missing"), *ARGUMENTS]) == 2
 
 

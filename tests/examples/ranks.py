@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from ports import ReservedPort
 IMPORTS = ("torch", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama", "matplotlib.pyplot")
 IMPORTS += ("hdp.data", "hdp.report", "hdp.parallel.fsdp", "hdp.parallel.loader", "hdp.attention.huggingface")
 LIMIT = 600.0  # seconds that one job may take: it ends what hangs, and less than a test may take
+_LOG_OF_TORCH = re.compile(r"\[[IWE]\d{4} \d\d:\d\d:\d\d\.\d+ ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,10 @@ class Outcome:
     outputs: list[str]
     """What each rank printed, stdout and stderr together."""
     timed_out: bool
+
+    def lines(self, rank: int) -> list[str]:
+        """What a rank printed, but for the log of torch's C++ parts, which tells of sockets as it likes."""
+        return [line for line in self.outputs[rank].splitlines() if not _LOG_OF_TORCH.match(line)]
 
     def check(self) -> Outcome:
         assert not self.timed_out and set(self.codes) == {0}, "\n".join(self.outputs)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,14 @@ import pytest
 from ranks import Server
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
+PATIENT = """
+import runpy
+import sys
+from hdp.report import failures
+failures.PATIENCE = 3600  # however much later rank 0 is started
+sys.argv[:2] = sys.argv[1:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 SMALL = ["--max-length", "256", "--capacity", "128", "--tokens-per-step", "640", "--steps", "4", "--lr", "5e-3"]
 SMALL += ["--held-out", "0.2", "--held-out-tokens", "600", "--timeout", "300"]
 
@@ -59,7 +68,7 @@ def test_a_run_learns_and_leaves_its_folder(start, tmp_path):
     assert any("x2" in step["groups"] for step in steps)  # some document needed both ranks
     assert all(len(step["busy_seconds"]) == 2 and step["imbalance"] >= 1 for step in steps)
     assert (run / "summary.txt").read_text() in outcome.outputs[0]
-    assert outcome.outputs[1] == ""
+    assert outcome.lines(1) == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -127,9 +136,9 @@ MISTAKES = {
     "no data": (lambda folder: folder / "nowhere", (), ["no data at"]),
     "an empty file": (empty_file, (), ["holds no document", "1 empty (empty.txt)"]),
     "undecodable bytes": (undecodable, (), ["holds no document", "1 not UTF-8 text (latin.txt)"]),
-    "capacity 0": (None, ("--capacity", 0), ["capacity", "0"]),
-    "unknown planner": (None, ("--planner", "best"), ["best", "naive"]),
-    "document too long": (None, ("--capacity", 100), ["100"]),
+    "capacity 0": (None, ("--capacity", 0), ["capacity is 0:"]),
+    "unknown planner": (None, ("--planner", "best"), ["unknown planner 'best': choose one of", "naive"]),
+    "document too long": (None, ("--capacity", 100), ["does not fit 2 ranks x 100 tokens"]),
     "clip 0": (None, ("--clip", 0), ["max_norm is 0.0"]),
     "no model": (None, ("--model", "nowhere"), ["no model at"]),
     "no tokenizer": (None, ("--tokenizer", "nowhere"), ["no tokenizer at"]),
@@ -146,16 +155,18 @@ def test_a_mistake_is_one_error_from_rank_0(start, tmp_path, mistake):
     for part in parts:
         assert part in errors[0]
     for output in outcome.outputs:
-        assert "Traceback" not in output
+        assert "Traceback (most recent call last)" not in output
     # A rank that was ended before it met the error itself may say where it stood, in one line.
-    assert "error" not in outcome.outputs[1] and len(outcome.outputs[1].splitlines()) <= 1
+    told = outcome.lines(1)
+    assert len(told) <= 1 and all(line.startswith("rank 1: told to end by SIGTERM, at: ") for line in told), told
 
 
 def test_arguments_that_do_not_exist_are_told_by_rank_0(start):
     outcome = start("--stpes", 3)
-    assert not outcome.timed_out and outcome.codes == [2, 2]
+    # Rank 1 is ended before it has read its arguments, if it is that late.
+    assert not outcome.timed_out and outcome.codes[0] == 2 and outcome.codes[1] in (2, -signal.SIGTERM)
     assert outcome.outputs[0].splitlines()[-1].endswith("error: unrecognized arguments: --stpes 3")
-    assert outcome.outputs[1] == ""
+    assert outcome.lines(1) == []
 
 
 def test_what_is_skipped_is_said_once_and_training_goes_on(start, corpus):
@@ -163,13 +174,15 @@ def test_what_is_skipped_is_said_once_and_training_goes_on(start, corpus):
     (corpus / "latin.txt").write_bytes(b"\xe9t\xe9")
     outcome = start("--steps", 1).check()
     assert "left out 1 empty (empty.txt), 1 not UTF-8 text (latin.txt)" in outcome.outputs[0]
-    assert outcome.outputs[1] == ""
+    assert outcome.lines(1) == []
 
 
 def test_torchrun_closes_with_the_same_error(tmp_path, corpus):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    script = tmp_path / "patient.py"
+    script.write_text(PATIENT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     done = subprocess.run(
-        [*command, "--data", str(corpus), *SMALL, "--capacity", "0"],
+        [*command, str(SCRIPT), "--data", str(corpus), *SMALL, "--capacity", "0"],
         cwd=tmp_path,
         env={**os.environ, "HDP_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
         capture_output=True,

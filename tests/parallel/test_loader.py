@@ -88,7 +88,7 @@ REFUSED = [
     (ValueError, "tokens_per_step is 0", {"tokens_per_step": 0}),
     (PlanError, "capacity is 0", {"capacity": 0}),
     (PlanError, "unknown planner 'magic'", {"planner": "magic"}),
-    (DoesNotFit, "200 tokens", {"lengths": [10, 200]}),  # longer than 2 ranks x 50
+    (DoesNotFit, "of 200 tokens does not fit 2 ranks x 50 tokens", {"lengths": [10, 200]}),
     (ValueError, "document 1: token ids must be one row of integers", {"documents": [torch.ones(3).long(), torch.ones(4)]}),
     (ValueError, "document 0: labels has shape", {"documents": [{"input_ids": torch.ones(3).long(), "labels": [1, 2]}]}),
     (ValueError, "document 0 has no 'input_ids'", {"documents": [{"text": "to be"}]}),
@@ -177,8 +177,12 @@ def plan_error_everywhere(world: hdp.World, lengths: list[int], options: dict) -
 
 @pytest.mark.parametrize(
     ("lengths", "options", "message"),
-    [([10, 101], {}, "101 tokens"), ([10], {"capacity": 0}, "capacity is 0"), ([10], {"planner": "x"}, "unknown planner")],
-)  # fmt: skip
+    [
+        ([10, 101], {}, "of 101 tokens does not fit"),
+        ([10], {"capacity": 0}, "capacity is 0"),
+        ([10], {"planner": "x"}, "unknown planner"),
+    ],
+)
 def test_all_ranks_refuse_alike(ranks, lengths, options, message):
     for kind, text in ranks(2).run(plan_error_everywhere, lengths, options):
         assert kind == ("DoesNotFit" if "tokens" in message else "PlanError") and message in text

@@ -141,7 +141,8 @@ def test_an_error_that_was_outlived_is_not_blamed_later():
         assert losses[0] == losses[1]
     with Ranks(2) as two:
         survivor, _ = two.outcomes(caught_then_step, 1)
-        assert "rank 1" in survivor.error and "500" not in survivor.error, survivor.error
+        assert survivor.error.startswith("PeerError: rank 1 is dead or stopped: "), survivor.error
+        assert "token id" not in survivor.error, survivor.error  # its number may be that of a port
 
 
 def join_again(world: hdp.World) -> float:

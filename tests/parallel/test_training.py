@@ -180,9 +180,12 @@ def test_mistakes_are_named(ranks):
         assert found["attention"][0] == "ValueError" and 'attn_implementation="hdp"' in found["attention"][1]
         assert found["no layers"][0] == "ValueError"
         assert found["world"][0] == "ValueError" and "planned for 9 ranks, the world has 2" in found["world"][1]
-        assert found["regime"][0] == "ValueError" and "'slot'" in found["regime"][1]
-        assert found["timeout"][0] == "ValueError" and "timeout is 0" in found["timeout"][1]
-        assert found["too long"][0] == "DoesNotFit" and "30 tokens" in found["too long"][1]
+        assert found["regime"][0] == "ValueError" and "regime 'slot'" in found["regime"][1]
+        assert found["timeout"][0] == "ValueError" and "timeout is 0 s" in found["timeout"][1]
+        assert (
+            found["too long"][0] == "DoesNotFit"
+            and "of 30 tokens does not fit 2 ranks x 10 tokens" in found["too long"][1]
+        )
         assert found["fine"] == ("", "")
 
 
