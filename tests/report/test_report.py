@@ -1,6 +1,7 @@
 """Reports: what a run leaves behind says what happened."""
 
 import io
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 
 from hdp.balance import Plan
 from hdp.report import Run
+from hdp.report import progress as progress_line
 from hdp.report.progress import Progress, clock
 from hdp.report.recording import read_step
 from hdp.report.timeline import colours, draw_steps, strips
@@ -168,17 +170,21 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_rewrites_a_line_on_a_terminal_and_prints_few_lines_elsewhere():
+def test_progress_rewrites_a_line_on_a_terminal_and_prints_few_lines_elsewhere(monkeypatch):
+    """A step a second, by a clock of its own."""
+    monkeypatch.setenv("COLUMNS", "100")
     terminal, log = Terminal(), io.StringIO()
     for stream in (terminal, log):
+        seconds = itertools.count()
+        monkeypatch.setattr(progress_line, "time", SimpleNamespace(monotonic=lambda seconds=seconds: next(seconds)))
         progress = Progress(50, stream=stream)
         for step in range(1, 51):
             progress.update(step, f"loss {step}")
         progress.close()
     assert terminal.getvalue().count("\r") == 50 and terminal.getvalue().endswith("loss 50\n")
     assert "#" * 20 in terminal.getvalue()
-    lines = log.getvalue().splitlines()
-    assert lines[0].endswith("loss 1") and lines[-1].endswith("loss 50") and len(lines) < 50
+    told = [int(line.rpartition("loss ")[2]) for line in log.getvalue().splitlines()]
+    assert told == [*range(1, 50, round(progress_line.LINE_EVERY)), 50]
 
 
 def test_clock():
