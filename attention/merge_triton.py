@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hdp.attention.ahead import compile_ahead
+
 BLOCK = 16  # rows x heads that one program merges
 
 
@@ -48,16 +50,22 @@ def merge_kernel(
     # Where one side is empty the difference is infinite or undefined: 0 stands in, and `where` picks the other side.
     difference = tl.where(empty | untouched, 0.0, new - old)
     small = tl.exp(-tl.abs(difference))
-    weight = tl.where(difference > 0, 1.0, small) / (1.0 + small)
-    weight = tl.where(untouched, 1.0, tl.where(empty, 0.0, weight))
-    both = tl.maximum(old, new) + tl.log(1.0 + small)
+    total = 1.0 + small
+    more = tl.div_rn(tl.full(small.shape, 1.0, tl.float32), total)
+    less = tl.div_rn(small, total)
+    old_weight = tl.where(difference > 0, less, more)
+    new_weight = tl.where(difference > 0, more, less)
+    # log1p(small), which Triton has only in libdevice: log(total) misses what the sum rounds off, the quotient puts it back.
+    added = total - 1.0
+    rest = tl.where(added == 0.0, small, tl.log(total) * tl.div_rn(small, tl.where(added == 0.0, 1.0, added)))
+    both = tl.maximum(old, new) + rest
     tl.store(lse_at, tl.where(untouched, new, tl.where(empty, old, both)), mask=inside)
     out_at = out + (row * out_row + head * out_head)[:, None] + column[None, :]
     mine = tl.load(out_at, mask=cells, other=0.0)
     theirs = tl.load(
         partial + (row * partial_row + head * partial_head)[:, None] + column[None, :], mask=cells, other=0.0
     ).to(tl.float32)
-    merged = mine - weight[:, None] * (mine - theirs)
+    merged = old_weight[:, None] * mine + new_weight[:, None] * theirs
     # A row that had nothing takes the partial as it is, whatever its memory holds; an empty partial changes nothing.
     merged = tl.where(untouched[:, None], theirs, tl.where(empty[:, None], mine, merged))
     keep = empty & untouched
@@ -85,13 +93,6 @@ def merge_partial_triton(out: Tensor, lse: Tensor, partial: Tensor, partial_lse:
 
 def compile_for(capability: int, dim: int = 128, partial_dtype: torch.dtype = torch.bfloat16) -> str:
     """The kernel's PTX for a GPU that need not be here, such as 90 for sm_90."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    pointer = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[partial_dtype]
-    names = merge_kernel.arg_names
-    kinds = {"out": "*fp32", "lse": "*fp32", "partial": pointer, "partial_lse": "*fp32"}
+    pointers = dict.fromkeys(("out", "lse", "partial_lse"), torch.float32) | {"partial": partial_dtype}
     constants = {"DIM": dim, "WIDTH": triton.next_power_of_2(dim), "BLOCK_PAIRS": BLOCK}
-    signature = {name: "constexpr" if name in constants else kinds.get(name, "i32") for name in names}
-    source = ASTSource(fn=merge_kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+    return compile_ahead(merge_kernel, capability, pointers, constants)

@@ -48,6 +48,38 @@ def test_merges_are_exact(merge, dtype: torch.dtype) -> None:
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-5)
 
 
+LARGE = (1.0, 1e5, 1e8, 1e30)
+"""Scales of the values on one side."""
+
+
+def large_partials(scale: float, rows: int = 64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A side whose values are larger by ``scale``, and weigh from everything to nothing; each side in turn."""
+    draw = torch.Generator().manual_seed(3)
+    small, large = torch.randn(rows, 2, 20, generator=draw), scale * torch.randn(rows, 2, 20, generator=draw)
+    lse = torch.zeros(rows, 2)
+    other_lse = torch.linspace(100, -100, rows).unsqueeze(-1).expand(rows, 2).contiguous()
+    turn = torch.arange(rows) % 2 == 0
+    out, partial = (torch.where(turn[:, None, None], *pair) for pair in ((small, large), (large, small)))
+    lse, other_lse = (torch.where(turn[:, None], *pair) for pair in ((lse, other_lse), (other_lse, lse)))
+    return out, lse, partial, other_lse
+
+
+def check_large(merge, scale: float) -> None:
+    """Each element to some roundings of its own two terms, and what weighs nothing is no term."""
+    out, lse, partial, partial_lse = large_partials(scale)
+    want, want_lse = exact(out, lse, partial, partial_lse)
+    terms, _ = exact(out.abs(), lse, partial.abs(), partial_lse)
+    merge(out, lse, partial, partial_lse)
+    assert ((out.double() - want).abs() <= 2e-5 * terms).all()  # exp(-100) is known to 100 roundings
+    torch.testing.assert_close(lse.double(), want_lse, rtol=2e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", LARGE)
+@pytest.mark.parametrize("merge", [merge_partial, merge_partial_reference])
+def test_large_values_that_weigh_nothing_leave_nothing(merge, scale: float) -> None:
+    check_large(merge, scale)
+
+
 def test_strided_views_are_merged_in_place() -> None:
     wide = [torch.zeros(8, 6, 20), torch.full((8, 6), -INF), torch.randn(8, 6, 20), torch.randn(8, 6)]
     views = [t[1:5, 2:4] for t in wide]
@@ -76,7 +108,9 @@ def test_merging_in_any_order_and_number() -> None:
 TRITON = """
 import torch
 from hdp.attention.merge_triton import merge_partial_triton
-from test_merge import exact, partials
+from test_merge import LARGE, check_large, exact, partials
+for scale in LARGE:
+    check_large(merge_partial_triton, scale)
 for rows, heads, dim in ((9, 3, 20), (33, 2, 64), (4, 1, 128)):
     for dtype in (torch.float32, torch.bfloat16):
         out, lse, partial, partial_lse = partials(rows, heads, dim)
@@ -98,9 +132,10 @@ def test_the_triton_kernel_in_its_interpreter() -> None:
     assert done.stdout.strip() == "merged", done.stderr
 
 
-def test_the_triton_kernel_compiles_for_hopper() -> None:
+@pytest.mark.parametrize(("capability", "dtype"), [(80, torch.bfloat16), (90, torch.float32), (100, torch.float16)])
+def test_the_triton_kernel_compiles_ahead_of_time(capability: int, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     from hdp.attention.merge_triton import compile_for
 
-    ptx = compile_for(90)
-    assert ".target sm_90" in ptx and "merge_kernel" in ptx
+    ptx = compile_for(capability, partial_dtype=dtype)
+    assert f".target sm_{capability}" in ptx and "merge_kernel" in ptx

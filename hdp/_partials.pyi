@@ -1,4 +1,4 @@
-"""csrc/merge.cpp: see hdp.attention.merge."""
+"""csrc/partials.cpp: see hdp.attention.merge."""
 
 from typing import Any
 
