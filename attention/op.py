@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hdp.attention.backends import Scoring
 from hdp.attention.bound import Bound
+from hdp.attention.delta import delta_of
 from hdp.attention.executor import drive
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
@@ -146,7 +147,7 @@ def _attend_backward(
     inputs = _laid_out(program, q=q, k=k, v=v, do=do)
     delta = lse.new_empty(0)
     if program.sends_delta:
-        delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        delta = delta_of(inputs[3], out)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     views = program.bind([*inputs, out, lse, delta, dq, dk, dv], kept)
     drive(executor.run(program, views, Scoring(scale, softcap), path.next_serial(backward=True)))

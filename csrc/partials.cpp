@@ -1,11 +1,14 @@
-// Fused CPU passes over rows of attention.
+// Fused CPU passes over rows of attention: the merge of partials, and what stands in for out where queries have travelled.
 //
 //   merge            out = sigmoid(lse - lse_b) * out + sigmoid(lse_b - lse) * out_b;   lse = log(exp(lse) + exp(lse_b))
+//   delta            delta = sum(do * out)
+//   out_with_delta   out such that sum(do * out) = delta
 //
 // Each reads and writes every tensor once. Tensors come as addresses and strides (in elements), so that this file needs no
-// torch. What is computed, and why, is said in attention/merge.py.
+// torch. What is computed, and why, is said in attention/merge.py and attention/delta.py.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -67,6 +70,61 @@ void merge_rows(float* out, Strides out_at, float* lse, Strides lse_at, const Pa
   }
 }
 
+// In double, where products of floats are exact and their sums neither overflow nor underflow.
+template <typename Model>
+float dot(const Model* a, const Model* b, int64_t dim) {
+  constexpr int64_t kLanes = 8;
+  double sums[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= dim; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane)
+      sums[lane] += static_cast<double>(static_cast<float>(a[i + lane])) * static_cast<float>(b[i + lane]);
+  for (; i < dim; ++i) sums[0] += static_cast<double>(static_cast<float>(a[i])) * static_cast<float>(b[i]);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+  return static_cast<float>(sums[0]);
+}
+
+template <typename Model>
+void delta_rows(float* delta, Strides delta_at, const Model* grad, Strides grad_at, const Model* out, Strides out_at,
+                Shape shape) {
+  for (int64_t row = 0; row < shape.rows; ++row)
+    for (int64_t head = 0; head < shape.heads; ++head)
+      delta[delta_at.at(row, head)] = dot(grad + grad_at.at(row, head), out + out_at.at(row, head), shape.dim);
+}
+
+// Magnitudes of floats are in the order of their bits, and a NaN is above all of them.
+int32_t magnitude(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits & 0x7fffffff;
+}
+
+int64_t largest(const float* values, int64_t dim) {
+  int32_t most = -1;
+  for (int64_t i = 0; i < dim; ++i) most = std::max(most, magnitude(values[i]));
+  int64_t at = 0;
+  while (magnitude(values[at]) != most) ++at;
+  return at;
+}
+
+void out_with_delta_row(float* out, const float* grad, float delta, int64_t dim) {
+  std::fill_n(out, dim, 0.0f);
+  if (delta == 0 || dim == 0) return;
+  const int64_t at = largest(grad, dim);
+  const float alone = delta / grad[at];
+  // What is not finite must be seen in the result; 0 * inf is NaN as well.
+  if (std::isfinite(alone) || !std::isfinite(delta) || grad[at] == 0) {
+    out[at] = alone;
+    return;
+  }
+  double sum = 0;
+  for (int64_t i = 0; i < dim; ++i) sum += std::fabs(static_cast<double>(grad[i]));
+  const double each = std::min<double>(std::fabs(delta / sum), std::numeric_limits<float>::max());
+  for (int64_t i = 0; i < dim; ++i)
+    out[i] = std::signbit(grad[i]) == std::signbit(delta) ? static_cast<float>(each) : -static_cast<float>(each);
+}
+
 template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -85,9 +143,36 @@ void merge(uintptr_t out, int64_t out_row, int64_t out_head, uintptr_t lse, int6
   partial_is_bfloat16 ? run(pointer<const BFloat16>(partial)) : run(pointer<const float>(partial));
 }
 
+void delta(uintptr_t delta, int64_t delta_row, int64_t delta_head, uintptr_t grad, int64_t grad_row, int64_t grad_head,
+           uintptr_t out, int64_t out_row, int64_t out_head, int64_t rows, int64_t heads, int64_t dim,
+           bool is_bfloat16) {
+  const Shape shape{rows, heads, dim};
+  check(shape);
+  const auto run = [&]<typename Model>(const Model* values) {
+    delta_rows(pointer<float>(delta), {delta_row, delta_head}, values, {grad_row, grad_head}, pointer<const Model>(out),
+               {out_row, out_head}, shape);
+  };
+  py::gil_scoped_release release;
+  is_bfloat16 ? run(pointer<const BFloat16>(grad)) : run(pointer<const float>(grad));
+}
+
+void out_with_delta(uintptr_t out, int64_t out_row, int64_t out_head, uintptr_t grad, int64_t grad_row,
+                    int64_t grad_head, uintptr_t delta, int64_t delta_row, int64_t delta_head, int64_t rows,
+                    int64_t heads, int64_t dim) {
+  check({rows, heads, dim});
+  const Strides out_at{out_row, out_head}, grad_at{grad_row, grad_head}, delta_at{delta_row, delta_head};
+  py::gil_scoped_release release;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t head = 0; head < heads; ++head)
+      out_with_delta_row(pointer<float>(out) + out_at.at(row, head), pointer<const float>(grad) + grad_at.at(row, head),
+                         pointer<const float>(delta)[delta_at.at(row, head)], dim);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_partials, m) {
   m.doc() = "Fused CPU passes over rows of attention. Each tensor is an address and its strides of rows and heads.";
   m.def("merge", &merge, "Merges a partial (out, lse) into (out, lse) in place.");
+  m.def("delta", &delta, "delta = sum(do * out).");
+  m.def("out_with_delta", &out_with_delta, "Writes an out with sum(do * out) = delta.");
 }

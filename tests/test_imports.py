@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "offload": {"offload", "attention"},
     "parallel": {"parallel", "offload", "balance", "attention"},
 }
-NEEDS_TORCH = {"executor", "op", "route", "merge", "memory", "huggingface", "channel", "backends", "bound"}
+NEEDS_TORCH = {"executor", "op", "route", "merge", "delta", "memory", "huggingface", "channel", "backends", "bound"}
 
 
 def imports_of(file: Path) -> set[str]:

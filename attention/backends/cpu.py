@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hdp.attention.backends.protocol import Backend, Cuts, Scoring, aligned_out, refuse_cuts
+from hdp.attention.backends.protocol import Backend, Cuts, Scoring, refuse_cuts
+from hdp.attention.delta import out_with_delta
 from hdp.attention.mask import Shape
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -47,7 +48,7 @@ class CpuBackend(Backend):
         refuse_cuts(self, cuts)
         if out is None:
             assert delta is not None
-            out = aligned_out(do, delta)
+            out = out_with_delta(do, delta)
         if shape is Shape.ANTICAUSAL:
             do, q, k, v, lse, out = (t.flip(0) for t in (do, q, k, v, lse, out))
             dq, dk, dv = self.backward(do, q, k, v, lse, out, None, Shape.CAUSAL, scoring)

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from hdp.attention.backends.protocol import Backend, Cuts, Scoring, aligned_out
+from hdp.attention.backends.protocol import Backend, Cuts, Scoring
+from hdp.attention.delta import out_with_delta
 from hdp.attention.mask import Shape
 
 
@@ -93,7 +94,7 @@ class VarlenBackend(Backend):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if out is None:
             assert delta is not None
-            out = aligned_out(do, delta)
+            out = out_with_delta(do, delta)
         variant = self._variant(q, k, shape, scoring, cuts)
         return self._kernel.backward(do, q, k, v, out, lse.transpose(0, 1).contiguous(), variant)
 

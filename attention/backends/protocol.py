@@ -83,15 +83,3 @@ class Backend(ABC):
 def refuse_cuts(backend: Backend, cuts: Cuts | None) -> None:
     """For backends that take one rectangle a call."""
     assert cuts is None, f"backend {backend.name} was given several rectangles at once"
-
-
-def aligned_out(do: Tensor, delta: Tensor) -> Tensor:
-    """An ``out`` with sum(do * out) = delta: for queries that travelled with delta instead of their output.
-
-    The kernel reads out only through that sum. The vector along ``do`` is the shortest with this product, so rounding it
-    to the model's dtype changes the sum no more than rounding the true out does.
-    """
-    wide = do.to(delta.dtype)
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    unit = wide / norm.clamp_min(torch.finfo(delta.dtype).tiny)
-    return (unit * (delta.unsqueeze(-1) / norm.clamp_min(torch.finfo(delta.dtype).tiny))).to(do.dtype)

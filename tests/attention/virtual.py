@@ -11,6 +11,7 @@ from torch import Tensor
 from hdp.attention.auto import Chooser
 from hdp.attention.backends import Scoring
 from hdp.attention.channel import VirtualNetwork
+from hdp.attention.delta import delta_of
 from hdp.attention.executor import drive_together
 from hdp.attention.layout import Ranges, make_layout
 from hdp.attention.mask import Mask
@@ -206,7 +207,7 @@ class _Rank:
         program = self.route.program(self.key, backward)
         t = self.tensors
         if backward:
-            t["delta"] = (t["do"].to(t["lse"].dtype) * t["out"].to(t["lse"].dtype)).sum(-1)
+            t["delta"] = delta_of(t["do"], t["out"])
         views = program.bind([t[name] for name in program.lowered.externals], self.kept)
         return executor.run(program, views, scoring, (seed, int(backward)))
 
