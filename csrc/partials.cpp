@@ -125,6 +125,17 @@ void out_with_delta_row(float* out, const float* grad, float delta, int64_t dim)
     out[i] = std::signbit(grad[i]) == std::signbit(delta) ? static_cast<float>(each) : -static_cast<float>(each);
 }
 
+// Whether every number is finite and none is 0.
+bool all_plain(const float* values, Strides at, int64_t rows, int64_t heads) {
+  bool plain = true;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t head = 0; head < heads; ++head) {
+      const float value = values[at.at(row, head)];
+      plain &= value != 0 && std::isfinite(value);
+    }
+  return plain;
+}
+
 template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -168,11 +179,18 @@ void out_with_delta(uintptr_t out, int64_t out_row, int64_t out_head, uintptr_t 
                          pointer<const float>(delta)[delta_at.at(row, head)], dim);
 }
 
+bool is_plain(uintptr_t values, int64_t row, int64_t head, int64_t rows, int64_t heads) {
+  check({rows, heads, 0});
+  py::gil_scoped_release release;
+  return all_plain(pointer<const float>(values), Strides{row, head}, rows, heads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_partials, m) {
   m.doc() = "Fused CPU passes over rows of attention. Each tensor is an address and its strides of rows and heads.";
   m.def("merge", &merge, "Merges a partial (out, lse) into (out, lse) in place.");
   m.def("delta", &delta, "delta = sum(do * out).");
+  m.def("is_plain", &is_plain, "Whether every number of [rows, heads] is finite and none is 0.");
   m.def("out_with_delta", &out_with_delta, "Writes an out with sum(do * out) = delta.");
 }

@@ -66,6 +66,30 @@ def test_the_reference_is_autograd() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", Shape)
+@pytest.mark.parametrize("keys", [1, 3, 8, 16, 17, 40])
+def test_scores_that_are_not_finite_are_seen(keys: int, shape: Shape, dtype: torch.dtype) -> None:
+    """However few the keys are: as in plain torch, and other rows keep their bits."""
+    backend, scoring = resolve_backend("cpu", CPU, dtype), Scoring(0.3)
+    clean = tensors(keys, keys, 4, 2, dtype)[:3]
+    want = backend.forward(*clean, shape, scoring)
+    for which, value in ((0, "nan"), (1, "nan"), (0, "inf"), (1, "inf"), (1, "-inf")):
+        poisoned = [t.clone() for t in clean]
+        poisoned[which][keys // 2, 1, 3] = float(value)
+        out, lse = backend.forward(*poisoned, shape, scoring)
+        exact, exact_lse = EXACT.forward(*poisoned, shape, scoring)
+        hidden = ~exact_lse.isfinite()
+        assert hidden.any() and torch.equal(~lse.isfinite(), hidden)
+        assert torch.equal(~out.isfinite().all(-1), ~exact.isfinite().all(-1))
+        touched = hidden if which == 0 else hidden | torch.arange(4).ge(2)
+        assert torch.equal(out[~touched], want[0][~touched]) and torch.equal(lse[~touched], want[1][~touched])
+    zeros = [torch.zeros_like(t) for t in clean]  # lse is 0 here, where one key is seen
+    out, lse = backend.forward(*zeros, shape, scoring)
+    torch.testing.assert_close(lse, EXACT.forward(*zeros, shape, scoring)[1], rtol=0, atol=1e-3)
+    assert not out.any()
+
+
 @pytest.mark.parametrize("name", ["flash_attn", "flash_attn_2", "flash_attn_3", "flash_attn_4", "torch_varlen"])
 def test_gpu_backends_are_refused_on_the_cpu(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' cannot run .* on cpu .*CUDA devices only"):
