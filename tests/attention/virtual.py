@@ -92,14 +92,21 @@ def make_data(
     made = []
     for length in lengths:
         shapes = [(length, n, head_dim) for n in (heads.query, heads.key, heads.key, heads.query)]
-        q, k, v, do = (torch.randn(s, generator=draw, dtype=torch.float64).to(dtype).double() for s in shapes)
-        leaves = [t.requires_grad_() for t in (q, k, v)]
-        out = dense(*leaves, mask, scoring)
-        dq, dk, dv = torch.autograd.grad(out, leaves, do) if length else leaves
-        q, k, v, out = (t.detach() for t in (q, k, v, out))
-        lse = dense_scores(q, k, mask, scoring).logsumexp(-1).T
-        made.append(Data(q, k, v, do, out, lse, dq, dk, dv))
+        made.append(
+            solve(*(torch.randn(s, generator=draw, dtype=torch.float64).to(dtype) for s in shapes), mask, scoring)
+        )
     return made
+
+
+def solve(q: Tensor, k: Tensor, v: Tensor, do: Tensor, mask: Mask, scoring: Scoring) -> Data:
+    """One sequence with its results in float64."""
+    q, k, v, do = (t.double() for t in (q, k, v, do))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = dense(*leaves, mask, scoring)
+    dq, dk, dv = torch.autograd.grad(out, leaves, do) if len(q) else leaves
+    q, k, v, out, dq, dk, dv = (t.detach() for t in (q, k, v, out, dq, dk, dv))
+    lse = dense_scores(q, k, mask, scoring).logsumexp(-1).T
+    return Data(q, k, v, do, out, lse, dq, dk, dv)
 
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
