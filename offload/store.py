@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from hdp.offload.micro_batch import MicroBatch
 
 
+NUMBERS_BYTES = 16
+"""Storages up to this size hold numbers (which attention call it was, a seed), and stay as they are, uncounted."""
+
+
 class ActivationStore:
     """Saved storages of one device and the tiers they go to. Thread-safe."""
 
@@ -81,7 +85,7 @@ class ActivationStore:
             or tensor.is_conj()
             or tensor.is_neg()
             or tensor.device.type != self.device.type
-            or tensor.untyped_storage().nbytes() == 0
+            or tensor.untyped_storage().nbytes() <= NUMBERS_BYTES
         ):
             return False
         return not self.parameters.owns(tensor)
