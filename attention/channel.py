@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from hdp.attention.calls import RunningCall
 from hdp.attention.lowered import Packet
 
 Parcel = tuple[Packet, Tensor]  # what it is, and the dense tensor to be sent or filled
@@ -23,6 +24,8 @@ class Channel(Protocol):
 
     can_ask: bool
     """Whether :meth:`has_received` knows; False where the host runs ahead of the device (NCCL)."""
+    call: RunningCall | None
+    """The attention call that posts and waits just now, or that failed; for messages."""
 
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Any:
         """Starts the transfers of one round; returns a ticket. ``tag`` is equal at both ends, in [0, 2^31)."""
@@ -117,6 +120,7 @@ class VirtualChannel:
     def __init__(self, network: VirtualNetwork, rank: int, can_ask: bool = True) -> None:
         self.can_ask = can_ask
         self.network, self.rank = network, rank
+        self.call: RunningCall | None = None
 
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> VirtualTicket:
         return self.network.post(self.rank, sends, receives, tag)

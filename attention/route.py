@@ -17,6 +17,7 @@ from torch import Tensor
 from hdp.attention.auto import Chooser, parse_schedule, resolve
 from hdp.attention.backends import Backend, backend_names, resolve_backend
 from hdp.attention.bound import Bound, Workspace
+from hdp.attention.calls import Calls
 from hdp.attention.channel import Channel
 from hdp.attention.executor import Executor
 from hdp.attention.fuse import fuse
@@ -205,15 +206,13 @@ class Route:
     def __init__(self, runtime: AttentionRuntime, shards: Sequence[RouteShard], serial: tuple[int, ...] = (0,)) -> None:
         self.runtime, self.shards, self.serial = runtime, tuple(shards), serial
         check_shards(self.shards, runtime.rank)
-        self._calls = {False: itertools.count(), True: itertools.count()}
+        self.calls = Calls()
+        """Names of the attention calls on this route, and the order in which they ran."""
         self._programs: dict[tuple[LayerKey, bool], Bound] = {}
         self.tokens = sum(self._layout(s).shard_tokens(s.group.index(runtime.rank)) for s in self.shards)
         """Rows of this rank's packed tensors. A plain attribute: torch.compile cannot read a cached property."""
         self.handle = ROUTES.add(self)
         """int64 tensor of one element: how the route travels through the custom op."""
-
-    def next_serial(self, backward: bool) -> tuple[int, ...]:
-        return (*self.serial, next(self._calls[backward]))
 
     def program(self, key: LayerKey, backward: bool) -> Bound:
         """This rank's program of one direction, lowered on first use."""
@@ -277,12 +276,12 @@ class RouteRegistry:
         self._routes[number] = route
         return torch.tensor([number], dtype=torch.int64)
 
-    def get(self, handle: Tensor) -> Route:
-        """The route behind a handle. Raises RuntimeError if it is gone."""
-        route = self._routes.get(int(handle.item()))
+    def get(self, number: int) -> Route:
+        """The route behind a handle's number. Raises RuntimeError if it is gone."""
+        route = self._routes.get(number)
         if route is None:
             raise RuntimeError(
-                f"attention route {int(handle.item())} is gone: keep the route of a micro-batch until its backward is over"
+                f"attention route {number} is gone: keep the route of a micro-batch until its backward is over"
             )
         return route
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hdp.attention.calls import RunningCall
 from hdp.attention.channel import Parcel
 from hdp.attention.lowered import Packet
 from hdp.parallel.errors import PeerError
@@ -58,12 +59,19 @@ class TorchChannel:
         self.messages = 0
         self.where = "outside a step"
         """What the rank is doing, for error messages; the engine keeps it up to date."""
+        self.call: RunningCall | None = None
+        """The attention call in it, kept up to date by the operator; of a failed one, until something else begins."""
         self.is_waiting = False
         """Whether the rank is blocked in a transfer just now."""
         # A group may have a backend for each kind of device: what counts is the one that moves this rank's tensors.
         self._grouped = bool(lanes) and lanes[0]._get_backend(device).name() == "nccl"  # type: ignore[attr-defined]
         self.can_ask = not self._grouped
         self._questions: queue.SimpleQueue[Ticket | None] | None = None
+
+    @property
+    def place(self) -> str:
+        """``where``, and the attention call that runs there."""
+        return self.where if (call := self.call) is None else f"{self.where}, in {call}"
 
     def post(self, sends: Sequence[Parcel], receives: Sequence[Parcel], tag: int) -> Ticket:
         for _, tensor in sends:
@@ -179,11 +187,13 @@ class TorchChannel:
             self.waited.append((start, time.perf_counter()))
 
     def _error(self, verb: str, packet: Packet, error: Exception) -> PeerError:
-        direction = "to" if verb == "sending" else "from"
-        return PeerError(
+        direction, within = "to" if verb == "sending" else "from", "" if self.call is None else f" in {self.call}"
+        found = PeerError(
             f"rank {self.rank}, {self.where}: {verb} {packet.what!r} of sequence {packet.sequence}"
-            f" {direction} rank {packet.peer} failed: {first_line(error)}"
+            f" {direction} rank {packet.peer}{within} failed: {first_line(error)}"
         )
+        found.peer = packet.peer
+        return found
 
 
 def _share_work(ticket: Ticket, mine: Sequence[tuple[Packet, Tensor, bool]], works: Sequence[dist.Work]) -> None:

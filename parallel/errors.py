@@ -12,6 +12,8 @@ class PeerError(HdpError):
 
     explained = False
     """Whether the guard has looked for the cause."""
+    peer: int | None = None
+    """The other end of the transfer, if it was one."""
 
 
 class PlanMismatch(HdpError):

@@ -3,7 +3,8 @@
 Every rank writes a sign of life (a counter, and what it is doing) to the job's store once a second. When a transfer or a
 collective fails or exceeds the timeout, a rank looks for the cause: first for a failure that some rank has left word of,
 then for a rank whose sign of life stands still (it is dead or stopped), then for one that lives but does not move. The
-first to find the cause leaves word of it, so ranks that wait for each other in a chain do not each search anew.
+first to find the cause leaves word of it, so ranks that wait for each other in a chain do not each search anew. Where all wait
+for each other (in different attention calls, say), the error shows where each of them does.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Sign:
 
     beat: int
     where: str
+    """What it does, the attention call included."""
     waiting: bool
     """Blocked in a transfer, or in search of a cause itself: whatever is wrong, it is not this rank's fault."""
     left: str = ""
@@ -69,7 +71,7 @@ class Guard:
 
     def enter(self, where: str) -> None:
         """Notes what this rank is doing ("step 3, slot 1, backward"); shown in errors here and at others."""
-        self.channel.where = where
+        self.channel.where, self.channel.call = where, None
 
     @contextlib.contextmanager
     def watch(self, where: str) -> Iterator[None]:
@@ -124,27 +126,30 @@ class Guard:
         """An error that names the ranks that failed, died or fell silent, if any did; else one that repeats ``error``."""
         own = first_line(error)
         if not own.startswith(f"rank {self.rank},"):
-            own = f"rank {self.rank}, {self.channel.where}: {own}"
+            own = f"rank {self.rank}, {self.channel.place}: {own}"
         causes: list[str] = []
+        elsewhere = ""
         if self.world_size > 1:
             self._has_failed = self._is_searching = True
             try:
-                causes = self._causes()
+                causes, signs = self._causes()
+                elsewhere = self._elsewhere(signs, getattr(error, "peer", None))
             except RuntimeError:
                 causes = ["the job's store does not answer: the rank that hosts it (rank 0, or the launcher) is gone"]
-        explained = PeerError("; ".join(causes) + f" (noticed by {own})" if causes else own)
+        explained = PeerError("; ".join(causes) + f" (noticed by {own})" if causes else own + elsewhere)
         explained.explained = True
         return explained
 
     # ------------------------------------------------------------ causes
 
-    def _causes(self) -> list[str]:
+    def _causes(self) -> tuple[list[str], list[Sign]]:
+        """Whose fault it is, as far as it is known; else nobody's, and every rank's last sign of life."""
         before = self._read_all()
         silence = SILENCE_BEATS * self.beat_seconds
         until = time.monotonic() + silence
         while True:
             if words := self._words():
-                return words
+                return words, []
             if time.monotonic() >= until:
                 break
             time.sleep(POLL_SECONDS)
@@ -159,7 +164,20 @@ class Guard:
             found = {r: f"lives but has not moved from: {after[r].where}" for r in still}
         for rank, what in list(found.items())[:SHOWN]:
             self._leave_word(rank, f"rank {rank} {what}")
-        return self._words()
+        return self._words(), after
+
+    def _elsewhere(self, signs: list[Sign], peer: int | None) -> str:
+        """Where ranks are that do something else than this one, ``peer`` first."""
+        places: dict[str, list[int]] = {}
+        for rank in sorted(range(len(signs)), key=lambda rank: (rank != peer, rank)):
+            if rank != self.rank and signs[rank].where != self.channel.place:
+                places.setdefault(signs[rank].where, []).append(rank)
+        shown = [
+            f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:SHOWN]))}"
+            f"{' and more' if len(ranks) > SHOWN else ''} at: {place}"
+            for place, ranks in list(places.items())[:SHOWN]
+        ]
+        return "; meanwhile " + "; ".join(shown) if shown else ""
 
     def _leave_word(self, rank: int, text: str) -> int:
         """Notes the cause of a failure, the fault of ``rank``; returns the word's number."""
@@ -192,7 +210,7 @@ class Guard:
 
     def _write(self, beat: int, left: str = "") -> None:
         waiting = self._is_searching or self.channel.is_waiting
-        sign = Sign(beat=beat, where=self.channel.where, waiting=waiting, left=left)
+        sign = Sign(beat=beat, where=self.channel.place, waiting=waiting, left=left)
         self._store.set(str(self.rank), json.dumps(sign.__dict__))
 
     def _beat(self) -> None:
@@ -207,7 +225,7 @@ class Guard:
                 return  # the store is gone; whoever waits for us learns it from their own transfers
 
     def _tell_place(self) -> None:
-        print(f"rank {self.rank}: told to end by SIGTERM, at: {self.channel.where}", file=sys.stderr, flush=True)
+        print(f"rank {self.rank}: told to end by SIGTERM, at: {self.channel.place}", file=sys.stderr, flush=True)
 
 
 class _TermNotice:

@@ -103,7 +103,9 @@ def test_a_rank_that_raises_is_named_with_its_message(where):
 
 def test_a_rank_that_lives_but_does_not_go_on_is_named():
     for outcome in survivors(1, "spins", "attention"):
-        assert outcome.error.startswith("PeerError: rank 1 lives but has not moved from: step 0, slot 0, forward (")
+        assert outcome.error.startswith(
+            "PeerError: rank 1 lives but has not moved from: step 0, slot 0, forward, in forward of attention call 1 of"
+        )
 
 
 def end_early(world: hdp.World, victim: int) -> None:
