@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hdp.parallel.ddp import replicate
     from hdp.parallel.deepspeed import DeepSpeedEngine
     from hdp.parallel.engine import Engine
-    from hdp.parallel.errors import HdpError, PeerError, PlanMismatch
+    from hdp.parallel.errors import CallMismatch, HdpError, PeerError, PlanMismatch
     from hdp.parallel.fsdp import shard
     from hdp.parallel.loader import Loader
     from hdp.parallel.metrics import Span, StepResult
@@ -38,6 +38,7 @@ _LAZY = {
     "replicate": "hdp.parallel.ddp",
     "DeepSpeedEngine": "hdp.parallel.deepspeed",
     "Activations": "hdp.parallel.activations",
+    "CallMismatch": "hdp.parallel.errors",
     "Engine": "hdp.parallel.engine",
     "HdpError": "hdp.parallel.errors",
     "Loader": "hdp.parallel.loader",
@@ -61,6 +62,7 @@ _LAZY = {
 
 __all__ = [
     "Activations",
+    "CallMismatch",
     "DeepSpeedEngine",
     "Engine",
     "HdpError",

@@ -47,7 +47,7 @@ class DDPEngine(Engine):
         if torch.is_grad_enabled():
             self._earlier.put_aside(self.model.parameters())
 
-    def _end(self) -> None:
+    def _accept(self) -> None:
         self._earlier.add_back()
 
     def _abandon(self) -> None:

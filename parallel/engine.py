@@ -37,6 +37,7 @@ from hdp.parallel.models import (
     output_head,
     trained_positions,
 )
+from hdp.parallel.order import CallOrder
 from hdp.parallel.rotations import find_long_rotations, rotated_by_document
 from hdp.parallel.schedules import set_chooser, take_assumptions
 from hdp.parallel.world import World
@@ -202,6 +203,9 @@ class Engine:
     def _end(self) -> None:
         """After the last micro-batch of a step."""
 
+    def _accept(self) -> None:
+        """After a step of which all ranks know that it went well."""
+
     def _end_evaluation(self) -> None:
         """After evaluation."""
 
@@ -217,11 +221,13 @@ class Engine:
             keep_attention_in(self.model)
         begin = time.perf_counter()
         spans: list[Span] = []
+        order = CallOrder(world.rank)
         self._begin()
         total = 0.0
         for work in self._works(batch.plan):
             slot = -1 if work.micro_batch is None else work.micro_batch.slot
             inputs = build_inputs(batch, work.micro_batch, world.runtime, world.device, cache)
+            order.add(inputs.route)
             start = time.perf_counter()
             self._before(work)
             with self._activations_of(work, len(inputs.labels)):
@@ -237,7 +243,9 @@ class Engine:
         seconds = time.perf_counter() - begin
         spans += [self._span(-1, "wait", a - begin, b - begin) for a, b in self.waits]
         world.guard.enter(f"after step {batch.step}")
-        return self._result(batch, total, seconds, spans)
+        result = self._result(batch, total, seconds, spans, order)
+        self._accept()
+        return result
 
     def _activations_of(self, work: Work, tokens: int) -> AbstractContextManager[object]:
         if self.activations is not None:
@@ -252,10 +260,14 @@ class Engine:
     def _span(self, slot: int, kind: str, start: float, stop: float, sequences: tuple[int, ...] = ()) -> Span:
         return Span(rank=self.world.rank, slot=slot, kind=kind, start=start, stop=stop, sequences=sequences)
 
-    def _result(self, batch: PlannedBatch, total: float, seconds: float, spans: list[Span]) -> StepResult:
+    def _result(
+        self, batch: PlannedBatch, total: float, seconds: float, spans: list[Span], order: CallOrder
+    ) -> StepResult:
         waited = sum(b - a for a, b in self.waits)
         packed = pack_spans(spans)
-        table = gather_numbers(self.world, total, seconds, waited, len(packed), self.world.runtime.peak_bytes)
+        peak = self.world.runtime.peak_bytes
+        table = gather_numbers(self.world, total, seconds, waited, len(packed), peak, order.number())
+        order.check(self.world, table[:, 5], f"step {batch.step}")
         longest = int(table[:, 3].max())
         gathered = gather_spans(self.world, packed, longest) if self.world.world_size <= TIMELINE_WORLD else ()
         return StepResult(
@@ -273,14 +285,18 @@ class Engine:
     def _evaluate_batch(self, batch: PlannedBatch) -> float:
         cache: dict[int, Fields] = {}
         self.waits.clear()
+        order = CallOrder(self.world.rank)
         self._begin()
         total = 0.0
         for work in works(batch.plan, self.world.rank, Arrangement(closing=False)):
             inputs = build_inputs(batch, work.micro_batch, self.world.runtime, self.world.device, cache)
+            order.add(inputs.route)
             total += float(self._loss(inputs))
             clear_casts(self.world.device)
         self._end_evaluation()
-        return float(gather_numbers(self.world, total).sum())
+        table = gather_numbers(self.world, total, order.number())
+        order.check(self.world, table[:, 1], f"evaluation, batch {batch.step}")
+        return float(table[:, 0].sum())
 
     def _loss(self, inputs: MicroBatchInputs) -> Tensor:
         """Summed loss of this rank's part of the micro-batch."""

@@ -18,3 +18,7 @@ class PeerError(HdpError):
 
 class PlanMismatch(HdpError):
     """Ranks made different plans for one batch, or see different data."""
+
+
+class CallMismatch(HdpError):
+    """Ranks ran the attention calls of what they share in different orders; the step's gradients are discarded."""

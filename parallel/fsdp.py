@@ -136,8 +136,10 @@ class FSDPEngine(Engine):
     def _end(self) -> None:
         if self.beside is not None:
             self.beside.end()
-        self._earlier.add_back()
         self._is_running = False
+
+    def _accept(self) -> None:
+        self._earlier.add_back()
 
     def _abandon(self) -> None:
         if self.beside is not None:

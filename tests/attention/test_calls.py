@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import Ranks
 from test_op import DIM, cut, dense, whole
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import hdp
+import hdp.parallel.order
 from hdp.attention.calls import Calls, describe
 from hdp.attention.route import Route, RouteShard
 
@@ -19,31 +22,8 @@ LENGTH, GROUP = 24, (0, 1)
 SCALE = DIM**-0.5
 
 
-def plain(tower: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    return tower(*tensors)
-
-
-def keep(tower: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    return checkpoint(tower, *tensors, use_reentrant=False, context_fn=hdp.keep_attention)
-
-
-def recompute(tower: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    return checkpoint(tower, *tensors, use_reentrant=False)
-
-
-def reentrant(tower: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    return checkpoint(tower, *tensors, use_reentrant=True)
-
-
-def compiled(tower: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    return torch.compile(tower, backend="aot_eager", fullgraph=True)(*tensors)
-
-
-def compiled_and_recomputed(tower: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    return recompute(torch.compile(tower, backend="aot_eager", fullgraph=True), *tensors)
-
-
-WAYS = {way.__name__: way for way in (plain, keep, recompute, reentrant, compiled, compiled_and_recomputed)}
+def tower(q: Tensor, k: Tensor, v: Tensor, route: Route) -> Tensor:
+    return double(hdp.attend(q, k * 1, v, route=route))
 
 
 def double(out: Tensor) -> Tensor:
@@ -51,19 +31,43 @@ def double(out: Tensor) -> Tensor:
     return out * out.detach().cos().add(2).square()
 
 
+in_graphs = torch.compile(tower, backend="aot_eager", fullgraph=True)
+
+WAYS: dict[str, Callable[..., Tensor]] = {
+    "plain": tower,
+    "keep": partial(checkpoint, tower, use_reentrant=False, context_fn=hdp.keep_attention),
+    "recompute": partial(checkpoint, tower, use_reentrant=False),
+    "reentrant": partial(checkpoint, tower, use_reentrant=True),
+    "compiled": in_graphs,
+    "compiled and recomputed": partial(checkpoint, in_graphs, use_reentrant=False),
+}
+RECOMPUTE = ("recompute", "reentrant", "compiled and recomputed")
+
+
 def towers(world: hdp.World, way: str, walk: dict[int, str], grouped: bool = False) -> list[list[Tensor | None]]:
     """dq, dk, dv of both towers after the backward passes of ``walk``: "ab" is the first, then the second."""
     world.channel._grouped, world.channel.can_ask = grouped, not grouped
     route = Route(world.runtime, [RouteShard(sequence=2, length=LENGTH, group=GROUP, schedule="ring")], serial=(3, 0))
+    compile_first(world, way)
     leaves, outs, dos = {}, {}, {}
     for seed, name in enumerate("ab"):
         *mine, dos[name] = (cut(t, LENGTH, GROUP, world.rank) for t in whole(LENGTH, seed))
         leaves[name] = [t.requires_grad_() for t in mine]
-        outs[name] = WAYS[way](lambda q, k, v: double(hdp.attend(q, k * 1, v, route=route)), *leaves[name])
+        outs[name] = WAYS[way](*leaves[name], route)
     with world.guard.watch("step 3, slot 0, backward"):
         for i, name in enumerate(walk[world.rank]):
             outs[name].backward(dos[name], retain_graph=name in walk[world.rank][i + 1 :])
+        if grouped:
+            hdp.parallel.order.check_calls(world, [route], "step 3")
     return [[t.grad for t in leaves[name]] for name in "ab"]
+
+
+def compile_first(world: hdp.World, way: str) -> None:
+    """On each rank alone, and to the end, so that nobody waits for a compiler."""
+    route = Route(world.runtime, [RouteShard(sequence=0, length=LENGTH // 2, group=(world.rank,))])
+    tensors = [t[: LENGTH // 2].requires_grad_() for t in whole(LENGTH, 0)[:3]]
+    WAYS[way](*tensors, route).sum().backward()
+    dist.barrier(group=world.control)
 
 
 def exact(walk: str) -> list[list[Tensor]]:
@@ -110,24 +114,43 @@ def test_messages_are_told_apart_by_call_where_no_tag_does(ranks, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_ranks_in_different_calls_end_in_an_error_that_names_both(way):
     """What a rank runs again it runs first: it is there that they wait for each other."""
-    with Ranks(2, timeout=3.0) as two:
+    with Ranks(2, timeout=5.0) as two:
         outcomes = two.outcomes(towers, way, {0: "ab", 1: "ba"})
-    again = ", recomputed" if "recomputed" in way or way in ("recompute", "reentrant") else ""
-    direction, what = ("forward", "") if again else ("backward", "")
+    direction, again = ("forward", ", recomputed") if way in RECOMPUTE else ("backward", "")
     for outcome, mine, theirs in zip(outcomes, (0, 1), (1, 0), strict=True):
         assert outcome.error is not None, outcome
         place = f"in {direction} of attention call {mine}{again} of micro-batch (3, 0)"
         other = f"in {direction} of attention call {theirs}{again} of micro-batch (3, 0)"
-        assert outcome.error.startswith(f"PeerError: rank {mine}, step 3, slot 0, backward: receiving {what}"), outcome
+        assert outcome.error.startswith(f"PeerError: rank {mine}, step 3, slot 0, backward: receiving "), outcome
         assert f" of sequence 2 from rank {theirs} {place} failed: " in outcome.error, outcome
         assert outcome.error.endswith(f"; meanwhile rank {theirs} at: step 3, slot 0, backward, {other}"), outcome
 
 
 def test_a_branch_that_one_rank_leaves_out_ends_in_an_error():
-    with Ranks(2, timeout=3.0) as two:
+    with Ranks(2, timeout=5.0) as two:
         first, second = two.outcomes(towers, "plain", {0: "ba", 1: "a"})
     assert "from rank 1 in backward of attention call 1 " in str(first.error), first
     assert "from rank 0 in backward of attention call 0 " in str(second.error), second
+
+
+def refused(world: hdp.World, way: str, walk: dict[int, str]) -> str:
+    try:
+        towers(world, way, walk, grouped=True)
+    except hdp.CallMismatch as error:
+        return str(error)
+    return "nobody noticed"
+
+
+OTHERS = [(way, walks) for way in WAYS for walks in (("ab", "ba"), ("a", "b"))]
+
+
+@pytest.mark.parametrize(("way", "walks"), [*OTHERS, ("plain", ("aab", "abb")), ("recompute", ("aab", "abb"))], ids=str)
+def test_where_no_tag_tells_messages_apart_it_is_found_at_the_end(ranks, way, walks):
+    """As on NCCL: every message is taken for the one that is due."""
+    for text in ranks(2).run(refused, way, dict(enumerate(walks))):
+        assert text.startswith("step 3: ranks ran the attention of what they share in different orders"), text
+        assert "sequence 2 (micro-batch (3, 0)): rank 0 ran " in text
+        assert "of attention call 0" in text and "of attention call 1" in text
 
 
 # ------------------------------------------------------------ one rank, no processes
