@@ -1,9 +1,9 @@
 """One process of ``benchmarks/same_mesh.py``: what many documents in one micro-batch cost before and beside computation.
 
-- ``lower_20000_s``: seconds from the shards of 20,000 documents of 1 to 8 tokens, none shared, to both directions' programs.
-- ``lower_64_ms``: milliseconds for 64 documents shared by 4 ranks, the slowest of three schedules.
-- ``messages_2``, ``messages_8``: tensors that a rank sends in a layer's forward pass with Ulysses, 128 documents on 2 and 8 ranks;
-  ``messages_2_one``, ``messages_8_one``: the same for one document.
+- ``lower_20000_s``: CPU seconds from 20,000 documents of 1 to 8 tokens, none shared, to both directions' programs.
+- ``lower_64_ms``: CPU milliseconds for 64 documents shared by 4 ranks, the slowest of three schedules.
+- ``messages_2``, ``messages_8``: tensors that a rank sends in a layer's forward pass with Ulysses, 128 documents on 2 and 8
+  ranks; ``messages_2_one``, ``messages_8_one``: the same for one document.
 - ``step_us``: microseconds of Python a program step with a null backend, the largest (see ``attention_single.py``).
 
 Prints one JSON object.

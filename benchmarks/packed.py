@@ -246,7 +246,7 @@ class Gather(_Zigzag):
         for start, length in zip(self.starts, self.lengths, strict=True):
             c = length // self.unit(self.size)
             for j, i in enumerate(self._chunks(self.rank)):
-                masked = 0 < i and c <= MASKED_ROWS
+                masked = i > 0 and c <= MASKED_ROWS
                 parts = [(slice(0, i * c), False)] if i and not masked else []
                 parts.append((slice(0, (i + 1) * c), False) if masked else (slice(i * c, (i + 1) * c), True))
                 rows, keys = slice(start + j * c, start + (j + 1) * c), slice(first, first + (i + 1) * c)
@@ -303,7 +303,7 @@ def _put(total: Tensor, part: Tensor, *, first: bool) -> None:
 
 
 class Ring(_Zigzag):
-    """Blocks of lower ranks are seen by their first halves, by all rows; those of higher ranks by the second half of the rows."""
+    """All rows see the first halves of lower ranks' blocks; the second half of the rows sees all of higher ranks'."""
 
     def __init__(self, lengths: Sequence[int], group: dist.ProcessGroup) -> None:
         super().__init__(lengths, group)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import packed
 import torch
 import torch.distributed as dist
 from clocks import AttentionClock
@@ -24,7 +25,6 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
 
 import hdp
-import packed
 from hdp.attention.huggingface import hdp_attention
 
 LAYERS, WIDTH, VOCABULARY = 4, 256, 512

@@ -52,7 +52,9 @@ def errors(world: Any, name: str, heads: tuple[int, int], lengths: list[int]) ->
     q, k, v = (t.float().requires_grad_() for t in cut[:3])
     out = attention(q, k, v, DIM**-0.5)
     out.backward(cut[3].float())
-    expected = [torch.cat(list(p)) for p in zip(*rows([exact(*d) for d in documents], attention.positions), strict=True)]
+    expected = [
+        torch.cat(list(p)) for p in zip(*rows([exact(*d) for d in documents], attention.positions), strict=True)
+    ]
     found = [out.detach(), q.grad, k.grad, v.grad]
     return [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
 
