@@ -10,9 +10,10 @@ smallest and largest in brackets.
   the ring, ratio 0.5 and 1; ``mixed_half``, ``mixed_equal``: with whole sequences beside the shared one.
 - ``step_us``: microseconds of Python a program step with a null backend, the largest; ``local_overhead``: whole sequences
   against plain SDPA, the largest.
-- ``vs_torch_ring``, ``vs_ulysses``: their time over ours (the pair that ``auto`` chooses) where communication takes as long
-  as computation, the smaller of 2 and 4 hosts; ``..._half``: the same at ratio 0.5. Theirs: torch's templated ring with its
-  head-tail balancer, the faster of both rotations; an all-to-all on SDPA.
+- ``vs_torch_ring``, ``vs_ulysses``, ``vs_gather``: their time over ours (the pairs that ``auto`` chooses) where communication
+  takes as long as computation, the smallest of 2 and 4 hosts, one document and nine packed; ``..._half``: the same at ratio
+  0.5. Theirs exchange a packed micro-batch once (``packed.py``); a ring is the fastest of that one and of torch's templated
+  ring with its head-tail balancer and both rotations, document by document. Whole models: ``same_mesh.py``.
 - ``cpu_ratio_4``: CPU seconds a rank, 8K tokens, over a quarter of one rank's dense SDPA.
 - ``tokenring_mesh``: ring over TokenRing, forward, MHA, a link for each pair, ratio 4; ``ring_mesh_gqa``: TokenRing over
   ring, GQA 4:1; ``auto_mesh``: whether ``auto`` picks the winner of both.
@@ -260,28 +261,41 @@ def exposed(cluster: Cluster) -> dict[str, float]:
     return found
 
 
+THEIRS = {
+    "vs_torch_ring": ("packed:ring", "torch:alltoall", "torch:allgather"),
+    "vs_ulysses": ("packed:ulysses",),
+    "vs_gather": ("packed:all_gather",),
+}
+
+
 def rivals(cluster: Cluster) -> dict[str, float]:
-    theirs = {"vs_torch_ring": ("torch_alltoall", "torch_allgather"), "vs_ulysses": ("ulysses_sdpa",)}
-    ratios: dict[str, list[float]] = {name + end: [] for end in ("", "_half") for name in theirs}
+    """One document, and nine of which one is half of all."""
+    heads = (8, 8)
+    ratios: dict[str, list[float]] = {name + end: [] for end in ("", "_half") for name in THEIRS}
     for hosts in (2, 4):
-        tokens, heads = 2048 * hosts, (8, 8)
-        measured = speed(cluster, tokens, heads, hosts)
+        tokens = 2048 * hosts
+        cases = ([tokens], [tokens // 2] + [tokens // 16] * 8)
+        lengths = sorted({n for documents in cases for n in documents})
+        measured = dict(zip(lengths, speeds(cluster, [(n, heads) for n in lengths], hosts), strict=True))
         for ratio in (0.5, 1.0):
-            rate = rate_for(ratio, tokens, heads, hosts, measured.forward)
-            ours = "hdp:" + "/".join(chosen(tokens, heads, hosts, "nic", rate, measured))
-            candidates = [ours, *theirs["vs_torch_ring"], *theirs["vs_ulysses"]]
-            times = cluster.run(hosts, rate, tokens=tokens, heads=heads, candidates=candidates, rounds=4)
-            line = [f"{c} {spread(times[c]['seconds'])}" for c in candidates]
-            print(f"{hosts} hosts, ratio {ratio}: " + "; ".join(line), flush=True)
-            base = statistics.median(times[ours]["seconds"])
-            for name, group in theirs.items():
-                fastest = min(statistics.median(times[c]["seconds"]) for c in group)
-                ratios[name + ("" if ratio == 1.0 else "_half")].append(fastest / base)
+            rate = rate_for(ratio, tokens, heads, hosts, measured[tokens].forward)
+            picks = {n: "/".join(chosen(n, heads, hosts, "nic", rate, measured[n])) for n in lengths}
+            candidates = ["hdp:picks", *(name for group in THEIRS.values() for name in group)]
+            shared = {"tokens": tokens, "heads": heads, "candidates": candidates, "rounds": 5}
+            jobs = [{**shared, "documents": case, "picks": [picks[n] for n in case]} for case in cases]
+            for case, times in zip(cases, cluster.run_all(hosts, rate, jobs), strict=True):
+                line = [f"{c} {spread(times[c]['seconds'])}" for c in candidates]
+                took = sorted({picks[n] for n in case})
+                print(f"{hosts} hosts, ratio {ratio}, {len(case)} documents ({took}): " + "; ".join(line), flush=True)
+                base = statistics.median(times["hdp:picks"]["seconds"])
+                for name, group in THEIRS.items():
+                    fastest = min(statistics.median(times[c]["seconds"]) for c in group)
+                    ratios[name + ("" if ratio == 1.0 else "_half")].append(fastest / base)
     return {name: min(values) for name, values in ratios.items()}
 
 
 def cpu_ratio(cluster: Cluster) -> dict[str, float]:
-    candidates = ["hdp:ring/ring", "torch_alltoall", "ulysses_sdpa"]
+    candidates = ["hdp:ring/ring", "packed:ring", "packed:ulysses", "torch:alltoall"]
     times = cluster.run(4, None, tokens=8192, heads=(8, 8), candidates=candidates, rounds=3, dense=True)
     dense = statistics.median(times["dense"]["cpu"]) / 4
     found = {c: statistics.median(times[c]["cpu"]) / dense for c in candidates}

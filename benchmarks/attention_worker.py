@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from attention_grid import middle
+from packed import RIVALS
 from torch import Tensor
 
 import hdp
@@ -55,12 +56,16 @@ class Job:
     """What to measure."""
 
     tokens: int
-    """Of the shared sequence."""
+    """Of the shared sequences."""
     heads: tuple[int, int]
     """Query and key/value heads."""
     candidates: list[str]
     local: list[int] = field(default_factory=list)
     """Tokens of each whole sequence on every rank."""
+    documents: list[int] = field(default_factory=list)
+    """Tokens of each shared sequence, ``tokens`` in all; empty: one."""
+    picks: list[str] = field(default_factory=list)
+    """Of the candidate ``hdp:picks``: a pair of schedules for each of them."""
     rounds: int = 5
     parts: str = "both"
     """"both", "forward" or "backward": what is timed."""
@@ -79,7 +84,9 @@ class Bench:
     def __init__(self, job: Job, world: hdp.World) -> None:
         self.job, self.world = job, world
         self.rank, self.size = world.rank, world.world_size
-        self.rows = job.tokens // self.size + sum(job.local)
+        self.documents = job.documents or [job.tokens]
+        self.shared = job.tokens // self.size
+        self.rows = self.shared + sum(job.local)
         draw = torch.Generator().manual_seed(self.rank)
 
         def make(heads: int) -> Tensor:
@@ -92,49 +99,40 @@ class Bench:
         self.quiet.workspace = world.runtime.workspace  # holds real numbers once a real round has run
 
     def forward(self, name: str) -> Callable[[], Tensor]:
-        kind, _, schedules = name.partition(":")
+        kind, _, what = name.partition(":")
         if kind in ("hdp", "quiet"):
-            return self._attend(self.world.runtime if kind == "hdp" else self.quiet, *schedules.split("/"))
-        return {"torch_alltoall": self._torch_ring, "torch_allgather": self._torch_ring}.get(kind, self._ulysses)(kind)
+            picks = self.job.picks if what == "picks" else [what] * len(self.documents)
+            return self._attend(self.world.runtime if kind == "hdp" else self.quiet, picks)
+        return {"packed": self._packed, "torch": self._torch_ring}[kind](what)
 
-    def _attend(self, runtime: AttentionRuntime, forward: str, backward: str) -> Callable[[], Tensor]:
+    def _attend(self, runtime: AttentionRuntime, picks: list[str]) -> Callable[[], Tensor]:
         group = tuple(range(self.size))
-        shards = [
-            RouteShard(
-                sequence=0,
-                length=self.job.tokens,
-                group=group,
-                schedule=forward if self.size > 1 else "local",
-                schedule_backward=backward if self.size > 1 else "local",
+        shards = []
+        for number, (length, pick) in enumerate(zip(self.documents, picks, strict=True)):
+            forward, backward = pick.split("/") if self.size > 1 else ("local", "local")
+            shards.append(
+                RouteShard(sequence=number, length=length, group=group, schedule=forward, schedule_backward=backward)
             )
-        ]
         shards += [
-            RouteShard(sequence=1 + self.rank * len(self.job.local) + i, length=n, group=(self.rank,))
+            RouteShard(sequence=len(self.documents) + self.rank * len(self.job.local) + i, length=n, group=(self.rank,))
             for i, n in enumerate(self.job.local)
         ]
-        route = Route(runtime, shards, serial=(len(forward), len(backward), sum(map(ord, forward + backward))))
+        name = "".join(picks)
+        route = Route(runtime, shards, serial=(len(name), sum(map(ord, name))))
         return lambda: attend(self.q, self.k, self.v, route=route)
 
-    def _batched(self) -> list[Tensor]:
-        return [t[: self.job.tokens // self.size].transpose(0, 1).unsqueeze(0) for t in (self.q, self.k, self.v)]
+    def _packed(self, schedule: str) -> Callable[[], Tensor]:
+        packed, rows = RIVALS[schedule](self.documents, dist.group.WORLD), slice(0, self.shared)
+        return lambda: packed(*(t[rows] for t in (self.q, self.k, self.v)), DIM**-0.5)
 
-    def _torch_ring(self, kind: str) -> Callable[[], Tensor]:
-        method = kind.removeprefix("torch_")
-        return lambda: TorchRing.apply(*self._batched(), method).squeeze(0).transpose(0, 1)
-
-    def _ulysses(self, kind: str) -> Callable[[], Tensor]:
-        if kind != "ulysses_sdpa":
-            raise SystemExit(f"unknown candidate {kind!r}")
+    def _torch_ring(self, method: str) -> Callable[[], Tensor]:
+        """Document by document."""
+        own = [n // self.size for n in self.documents]
 
         def run() -> Tensor:
-            rows = slice(0, self.job.tokens // self.size)
-            q, k, v = (_heads_out(t[rows], self.size) for t in (self.q, self.k, self.v))
-            out = F.scaled_dot_product_attention(
-                *(t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)),
-                is_causal=True,
-                enable_gqa=k.shape[1] != q.shape[1],
-            )
-            return _heads_back(out[0].transpose(0, 1), self.size)
+            parts = zip(*(t[: self.shared].split(own) for t in (self.q, self.k, self.v)), strict=True)
+            outs = [TorchRing.apply(*(t.transpose(0, 1).unsqueeze(0) for t in part), method) for part in parts]
+            return torch.cat(outs, 2).squeeze(0).transpose(0, 1)
 
         return run
 
@@ -205,33 +203,6 @@ class TorchRing(torch.autograd.Function):
             *(dist.group.WORLD, 2, op, do, "grad_out", q, k, v, out, lse, True), dropout_p=0.0, scale=DIM**-0.5
         )
         return (*grads[:3], None)
-
-
-class _Exchange(torch.autograd.Function):
-    """All-to-all of equal parts along dimension 0; its own inverse, so backward is the same."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        dist.all_to_all_single(out, x)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _Exchange.apply(grad.contiguous())
-
-
-def _heads_out(t: Tensor, size: int) -> Tensor:
-    """[own tokens, heads, dim] to [all tokens, own heads, dim]; fewer heads than ranks are repeated."""
-    if t.shape[1] < size:
-        t = t.repeat_interleave(size // t.shape[1], 1)
-    parts = t.unflatten(1, (size, -1)).transpose(0, 1).contiguous()
-    return _Exchange.apply(parts).flatten(0, 1)
-
-
-def _heads_back(t: Tensor, size: int) -> Tensor:
-    parts = t.unflatten(0, (size, -1)).contiguous()
-    return _Exchange.apply(parts).transpose(0, 1).flatten(1, 2)
 
 
 def dense_cpu(tokens: int, heads: tuple[int, int]) -> float:

@@ -256,7 +256,7 @@ class Gather(_Zigzag):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, list[Tensor]]:
         own = torch.cat([k, v], 1)
         kv = own.new_empty(self.size * self.rows, *own.shape[1:])
-        dist.all_gather_into_tensor(kv, own, group=self.group)
+        dist.all_gather_single(kv, own, group=self.group)
         kv = kv.index_select(0, self.order)
         outs, lses = zip(*(self._tile(tile, q, kv, scale) for tile in self.tiles), strict=True)
         out = torch.cat(outs)

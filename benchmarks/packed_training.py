@@ -40,18 +40,29 @@ def no_mask(*_: Any, **__: Any) -> None:
     return None
 
 
+def shard_once(model: nn.Module, world: hdp.World) -> None:
+    """FSDP2, parameters gathered once a step, gradients summed."""
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=world.mesh["hdp"], reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def reduce_if(model: nn.Module, is_last: bool) -> None:
+    """Before each micro-batch: gradients are reduced, and parameters freed, in the last."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(is_last)
+        model.set_reshard_after_backward(is_last)
+
+
 class PackedMesh:
     """Trains ``model`` on the micro-batches of ``plan``, whose groups are the meshes' context-parallel ranks."""
 
     def __init__(self, model: nn.Module, world: hdp.World, plan: hdp.Plan, lr: float) -> None:
         self.model, self.plan = model, plan
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=world.mesh["hdp"], reshard_after_forward=False)
-        fully_shard(model, mesh=world.mesh["hdp"], reshard_after_forward=False)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        shard_once(model, world)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
         self.micro_batches = plan.micro_batches(world.rank)
         groups = sorted({plan.group(i) for i in range(len(plan.lengths))})
@@ -62,9 +73,7 @@ class PackedMesh:
         """One optimizer step; the loss, a mean over all tokens."""
         counted, total = sum(len(d) - 1 for d in documents), torch.zeros(())
         for micro_batch in self.micro_batches:
-            last = micro_batch is self.micro_batches[-1]
-            self.model.set_requires_gradient_sync(last)
-            self.model.set_reshard_after_backward(last)
+            reduce_if(self.model, micro_batch is self.micro_batches[-1])
             loss = self._loss([documents[s.sequence] for s in micro_batch.shards], RIVALS[schedule]) / counted
             loss.backward()
             total += loss.detach()

@@ -15,7 +15,8 @@ ratios, second smallest and second largest in brackets.
   largest; ``outside_main``: of the computing thread alone; ``outside_rival``: the smallest of the rivals'.
 - ``overlap_ulysses``, ``overlap_gather``, ``overlap_ring``: as ``same``, on links at which communication is half of the rival's
   step; found from its steps without a limit and at 100 Mbit/s.
-- ``local``: our step over that of plain transformers, whole documents on one rank, SDPA document by document; ``local_cpu``.
+- ``local``: our step over that of plain transformers, whole documents on one rank, SDPA document by
+  document; ``local_logits``: with the model's own loss; ``local_fsdp``: under FSDP2, as ours; ``..._cpu``.
 - ``step_us``, ``lower_20000_s``, ``lower_64_ms``, ``messages_2``, ``messages_8``: see ``attention_many.py``.
 
 ``--only`` runs some parts; with ``--keep`` each leaves its figures in FILE, and the last line has those of all parts kept.

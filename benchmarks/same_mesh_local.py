@@ -3,8 +3,9 @@
     same_mesh_local.py ROUNDS
 
 World of one rank, nothing shared; plain transformers with an attention function that calls SDPA document by document, on the
-same micro-batches, with the same fused loss (``local``), and with the model's logits as a user has them (``local_logits``).
-Prints ratios of each round, ours over theirs, in wall and in CPU seconds.
+same micro-batches, with the same fused loss (``local``), with the model's logits as a user has them (``local_logits``), and
+with the fused loss under FSDP2 as ours (``local_fsdp``). Prints ratios of each round, ours over theirs, in wall and in CPU
+seconds.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from packed_training import no_mask
+from packed_training import no_mask, reduce_if, shard_once
 from same_mesh_worker import LEARNING_RATE, LOSSES_AGREE, VOCABULARY, llama, tail
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -27,6 +28,7 @@ from hdp.parallel.engine import loss_instead_of_logits
 from hdp.parallel.loss import IGNORE_INDEX
 
 CAPACITY = 1024
+KINDS = ("local", "local_logits", "local_fsdp")
 
 
 def sdpa_by_document(
@@ -42,13 +44,17 @@ def sdpa_by_document(
 class Plain:
     """What a user writes."""
 
-    def __init__(self, heads: tuple[int, int], plan: hdp.Plan, is_fused: bool) -> None:
-        self.model, self.plan, self.is_fused = llama(heads, "by document"), plan, is_fused
+    def __init__(self, heads: tuple[int, int], world: hdp.World, plan: hdp.Plan, kind: str) -> None:
+        self.model, self.micro_batches = llama(heads, "by document"), plan.micro_batches(0)
+        self.is_fused = kind != "local_logits"
+        if kind == "local_fsdp":
+            shard_once(self.model, world)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE)
 
     def step(self, documents: list[Tensor]) -> float:
         counted, total = sum(len(d) - 1 for d in documents), 0.0
-        for micro_batch in self.plan.micro_batches(0):
+        for micro_batch in self.micro_batches:
+            reduce_if(self.model, micro_batch is self.micro_batches[-1])
             loss = self._loss([documents[s.sequence] for s in micro_batch.shards]) / counted
             loss.backward()
             total += float(loss.detach())
@@ -99,7 +105,7 @@ def ratios(world: hdp.World, heads: tuple[int, int], rounds: int) -> dict[str, l
     draw = torch.Generator().manual_seed(1)
     documents = [torch.randint(0, VOCABULARY, (n,), generator=draw) for n in lengths]
     ours = Ours(heads, world, documents, rounds + 1)
-    plain = {name: Plain(heads, ours.plan, is_fused=name == "local") for name in ("local", "local_logits")}
+    plain = {kind: Plain(heads, world, ours.plan, kind) for kind in KINDS}
     runs = {"hdp": ours.step, **{name: each.step for name, each in plain.items()}}
     found: dict[str, list[float]] = {f"{name}{end}": [] for name in plain for end in ("", "_cpu")}
     for number in range(rounds + 1):
