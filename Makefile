@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 NPROC ?= 2
+# Processes that run tests. Most tests wait for ranks of their own, which have the cores meanwhile.
+JOBS ?= 2
 # One thread a rank: ranks share the cores, and the same threads give the same bits.
 export OMP_NUM_THREADS ?= 1
 
@@ -22,12 +24,13 @@ train: $(VENV)/.recipes  ## fine-tune a small Llama on Python's standard library
 recipe-smollm2: $(VENV)/.smollm2  ## a few steps on a pretrained model
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/smollm2.py $(ARGS)
 
+# Files run whole, on one process each: ranks are started once a file. JOBS=0: all in this process, for a debugger.
 test: $(VENV)/.dev  ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # What it finds is kept in .hypothesis and tried first the next time; ARGS=--hypothesis-seed=7 draws the same examples again.
 fuzz: $(VENV)/.dev  ## property tests with random seeds and ten times the examples
-	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile fuzz --timeout 3600 $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m hypothesis --hypothesis-profile fuzz --timeout 3600 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

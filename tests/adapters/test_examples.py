@@ -11,6 +11,8 @@ import torch
 from conftest import SETTINGS
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 STEPS = ("--steps", 10, "--tokens-per-step", SETTINGS["tokens_per_step"], "--capacity", 128)
 TOLERANCE = 1e-5
 

@@ -15,6 +15,8 @@ from hdp.parallel.adapters import HdpConfig, HdpTrainerMixin, load_state, save_s
 from hdp.parallel.adapters.arguments import REFUSED, check_arguments, check_trainer, ignored_arguments
 from hdp.parallel.adapters.mixin import _other_world
 
+pytestmark = pytest.mark.slow
+
 BEHAVIOUR = Path(__file__).with_name("behaviour.py")
 GROUPS = {
     "training": (

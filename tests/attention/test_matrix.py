@@ -13,6 +13,8 @@ import torch
 from cases import GROUPS, HEAD_DIM, HEADS, MASKS, SCHEDULES, SCORING, mixed, serves
 from virtual import RESULTS, Result, Sequence_, attend_together, make_data
 
+pytestmark = pytest.mark.slow
+
 WORLD = max(GROUPS)
 FEW = 32
 """Tokens below which the roundings of a sequence are too few for a ratio of two errors to mean anything: judged together."""

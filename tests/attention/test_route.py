@@ -20,6 +20,8 @@ from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
 from hdp.attention.route import AttentionRuntime, LayerKey, Route, RouteShard
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 KEY = LayerKey(heads=HeadCount(query=4, key=2), head_dim=8, dtype=torch.float32, mask=Mask())
 

@@ -291,21 +291,22 @@ def test_the_cache_is_used_and_follows_the_files(tmp_path, cache):
 
 def _open_in_a_process(folder: Path, cache: Path, answers) -> None:
     documents = open_documents(folder, cache=cache)
-    answers.put((len(documents), documents.tokens))
+    answers.send((len(documents), documents.tokens))
 
 
 def test_processes_that_start_together_tokenise_once(tmp_path, cache):
     folder = write_folder(tmp_path / "text", {f"{i}.txt": "word " * 2000 for i in range(40)})
     start_server()
-    answers = CONTEXT.SimpleQueue()
-    arguments = (folder, cache, answers)
-    processes = [CONTEXT.Process(target=_open_in_a_process, args=arguments, daemon=True) for _ in range(4)]
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(4)]
+    processes = [
+        CONTEXT.Process(target=_open_in_a_process, args=(folder, cache, answers), daemon=True) for _, answers in pipes
+    ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
-    assert {answers.get() for _ in processes} == {(40, 40 * 10001)}
+    assert {answer.recv() for answer, _ in pipes} == {(40, 40 * 10001)}
     assert len([entry for entry in cache.iterdir() if entry.is_dir()]) == 1
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from ranks import Server
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
 PATIENT = """
 import runpy

@@ -24,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hdp.offload import FileTier, HostTier, OffloadEngine
 from hdp.offload.streams import Copies, ThreadStream
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 48
 SETTINGS = {
     "keep": {"policy": "keep"},

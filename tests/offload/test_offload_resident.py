@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 LAYERS, WIDTH, TOKENS = 12, 256, 4096
 SETTINGS: dict[str, dict[str, Any]] = {
     "r=0.5": {"policy": "offload", "ratio": 0.5},

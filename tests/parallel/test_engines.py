@@ -21,6 +21,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 import hdp
 
+pytestmark = pytest.mark.slow
+
 CAPACITY = 64
 LIMIT = 1e-5
 BATCHES = {

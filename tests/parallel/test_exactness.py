@@ -12,6 +12,8 @@ from tiny import IGNORE, exact_gradient, gradient_errors, make_documents, make_m
 import hdp
 from hdp.balance import Plan
 
+pytestmark = pytest.mark.slow
+
 CAPACITY = 64
 LIMIT = 1e-5
 WORLDS = (1, 2, 3, 4)

@@ -20,6 +20,8 @@ import hdp
 from hdp.parallel import collectives
 from hdp.parallel.guard import _is_communication_error
 
+pytestmark = pytest.mark.slow
+
 
 def fail(how: str) -> None:
     if how == "raises":

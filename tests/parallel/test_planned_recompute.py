@@ -15,6 +15,8 @@ import hdp
 from hdp.balance import DoesNotFit
 from hdp.balance.memory import recomputed_capacity
 
+pytestmark = pytest.mark.slow
+
 LENGTHS, CAPACITY = [180, 20, 30, 50], 64
 """The first on two ranks: 90 tokens a rank, of whose activations 64 tokens' worth fit."""
 LAYERS = 6

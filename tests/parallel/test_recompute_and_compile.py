@@ -15,6 +15,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 import hdp
 from hdp.offload import HostTier, OffloadEngine
 
+pytestmark = pytest.mark.slow
+
 CAPACITY = 64
 LENGTHS = [10, 115, 40, 3, 73, 21]
 WRAPPER = "_checkpoint_wrapped_module."
