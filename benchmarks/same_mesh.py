@@ -123,8 +123,10 @@ def compare(label: str, ours: Steps, theirs: Steps) -> dict[str, float]:
 
 def around_kernels(label: str, steps: Steps) -> tuple[float, float]:
     """Attention's CPU seconds outside its kernels over those in them: of the process, of the computing thread."""
-    process, main = ([s["attention"][i] / s["attention"][2] - 1 for s in steps] for i in (0, 1))
     kernels = statistics.median(s["attention"][2] for s in steps)
+    if not kernels:
+        sys.exit(f"{label}: no kernel was timed: attention calls others than same_mesh_worker.KERNELS")
+    process, main = ([s["attention"][i] / s["attention"][2] - 1 for s in steps] for i in (0, 1))
     (whole, all_text), (alone, main_text) = middle(process), middle(main)
     print(
         f"{label}: {kernels:.2f} CPU s a rank in kernels, outside over that {all_text}, main thread {main_text}",

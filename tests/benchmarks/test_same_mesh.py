@@ -19,7 +19,7 @@ def trained(world: Any, heads: tuple[int, int]) -> dict[str, list[dict[str, Any]
 
     worker.BATCHES["tiny"] = worker.Batch([96, 50, 33, 7], 64)
     job = worker.Job(batch="tiny", heads=heads, schedules=SCHEDULES, rounds=1)
-    return worker.run_job(job, world, worker.clocked(world))["steps"]
+    return worker.run_job(job, world, worker.clocked())["steps"]
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["multi-head", "grouped"])
