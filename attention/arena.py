@@ -2,83 +2,40 @@
 
 [Note: arena] A buffer lives from the step in which it is received or first written to the step of its last use; a buffer
 that is sent lives one step longer, because sends are only waited for at the end of the following step. Buffers whose
-lives do not overlap share bytes: first fit in order of birth. What forward keeps for backward lies in a tensor of its own,
-at offsets that both directions compute from the program's list of kept values.
+lives do not overlap share bytes: first fit in order of birth. What forward keeps for backward lies in a tensor of its own.
 """
 
 from __future__ import annotations
 
 import sys
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import groupby, pairwise
 
-from hdp.attention.lowered import Geometry, Width
 from hdp.attention.program import Heads
 
 ALIGNMENT = 64  # bytes
 
 
-@dataclass(slots=True)
-class Draft:
-    """A buffer whose place in the arena is not decided yet."""
-
-    rows: int
-    heads: int
-    has_dim: bool
-    width: Width
-    born: int
-    """Step of its first use."""
-    died: int
-    """Step of its last use."""
-    kept_offset: int = -1
-    """Bytes from the start of the kept tensor; -1: lies in the arena."""
-    root: int = -1
-    """The buffer (its number among drafts) whose bytes it is a part of; -1: has bytes of its own."""
-    root_offset: int = 0
-    """Bytes from the start of its root."""
-
-    @property
-    def kept(self) -> bool:
-        return self.kept_offset >= 0
-
-    def row_bytes(self, geometry: Geometry) -> int:
-        return self.heads * (geometry.head_dim if self.has_dim else 1) * geometry.bytes_of(self.width)
-
-    def bytes(self, geometry: Geometry) -> int:
-        return buffer_bytes(geometry, self.rows, self.heads, self.has_dim, self.width)
-
-
-def buffer_bytes(geometry: Geometry, rows: int, heads: int, has_dim: bool, width: Width) -> int:
-    """Bytes of a buffer, up to the next multiple of ``ALIGNMENT``."""
-    size = rows * heads * (geometry.head_dim if has_dim else 1) * geometry.bytes_of(width)
-    return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def pack_arena(drafts: list[Draft], geometry: Geometry) -> tuple[list[int], int]:
-    """Bytes at which each buffer begins, and the arena's size. See [Note: arena]."""
-    offsets = [0] * len(drafts)
+def pack_arena(lives: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Bytes at which each buffer (first step, last step, bytes) begins, and the arena's size. See [Note: arena]."""
+    offsets = [0] * len(lives)
     peak = 0
     live: list[tuple[int, int, int]] = []  # offset, end, died
-    roots = [i for i, draft in enumerate(drafts) if draft.root < 0 and not draft.kept]
-    for born, group in groupby(sorted(roots, key=lambda i: drafts[i].born), key=lambda i: drafts[i].born):
+    order = sorted(range(len(lives)), key=lambda i: lives[i][0])
+    for born, group in groupby(order, key=lambda i: lives[i][0]):
         live = sorted(slot for slot in live if slot[2] >= born)
         holes = _holes(live)
         for i in group:
-            size = drafts[i].bytes(geometry)
+            size = -(-lives[i][2] // ALIGNMENT) * ALIGNMENT
             if size == 0:
                 continue
             at = next(h for h, (start, stop) in enumerate(holes) if stop - start >= size)
             start, stop = holes[at]
             holes[at : at + 1] = [(start + size, stop)] if stop - start > size else []
             offsets[i] = start
-            live.append((start, start + size, drafts[i].died))
+            live.append((start, start + size, lives[i][1]))
             peak = max(peak, start + size)
-    for i, draft in enumerate(drafts):
-        if draft.kept:
-            offsets[i] = draft.kept_offset
-        elif draft.root >= 0:
-            offsets[i] = offsets[draft.root] + draft.root_offset
     return offsets, peak
 
 

@@ -1,7 +1,7 @@
-"""A lowered program bound to tensors: every row range becomes a view once, numbered, and is only looked up afterwards.
+"""A lowered program bound to tensors: descriptors of all of them for tables of moves, and views of what kernels read.
 
-Slicing a tensor costs about a microsecond in Python, and a call names six. Views into the arena are the same for every layer,
-so they are made once for a program; views into a layer's own tensors are made when they are first used.
+Descriptors of buffers in the arena, and views into it, are the same for every layer, so they are made once for a program;
+those of a layer's own tensors are made when they are first used.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hdp.attention.lowered import Buffer, Call, Copy, Geometry, Lowered, Merge, Packet, Ref
-from hdp.attention.mask import Shape
-from hdp.attention.program import Kind
-
-Slot = int  # number of a view
-Cuts = tuple[Tensor, Tensor, int, int]  # cumulative rows and keys (int32, on the device), longest rows and keys
+from hdp.attention.backends import Backend
+from hdp.attention.backends.protocol import Cut, Cuts
+from hdp.attention.lowered import Call, Geometry, Lowered, Packet, Round, Rows, Space
+from hdp.attention.moves import CODES, NO_RESULTS, describe, run_on_cpu, run_with_torch
 
 
 class Workspace:
@@ -37,170 +36,204 @@ class Workspace:
         return self.storage
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class BoundCall:
-    """A kernel call on views."""
+    """A call on numbered lists of views."""
 
-    shape: Shape
-    inputs: tuple[Slot, ...]
-    sums: tuple[Slot, ...]
-    first: tuple[bool, ...]
-    """One flag for each of ``sums``."""
-    has_out: bool
-    cuts: Cuts | None
+    call: Call
+    inputs: tuple[int, ...]
+    results: np.ndarray
+    """As the call's, with the numbers of results behind those of the program's tensors."""
+    cuts: tuple[Cuts, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class BoundMerge:
-    """A merge of views."""
+class _Slot:
+    """Rows of one tensor that a call reads, cut into its launches."""
 
-    is_partial: bool
-    """(out, lse) partials; else sums."""
-    source: tuple[Slot, ...]
-    target: tuple[Slot, ...]
-    first: bool
-
-
-@dataclass(frozen=True, slots=True)
-class BoundRound:
-    """A round on views; see ``hdp.attention.lowered.Round``."""
-
-    fills: tuple[tuple[Slot, float], ...]
-    sends: tuple[tuple[Packet, Slot, tuple[tuple[Slot, Slot], ...]], ...]
-    receives: tuple[tuple[Packet, Slot], ...]
-    casts: tuple[tuple[Slot, Slot], ...]
-    calls: tuple[BoundCall, ...]
-    fillers: int
-    merges: tuple[BoundMerge, ...]
-    late: tuple[BoundMerge, ...]
-    """Merges that wait for nobody's sake; see [Note: late] in ``hdp.attention.lowered``."""
-
-
-class Views:
-    """The views of one call of the operator, made when first used; arena views are there from the start."""
-
-    __slots__ = ("_refs", "_tensors", "_views")
-
-    def __init__(self, refs: Sequence[Ref], tensors: Sequence[Tensor | None], views: list[Tensor | None]) -> None:
-        self._refs, self._tensors, self._views = refs, tensors, views
-
-    def __getitem__(self, slot: Slot) -> Tensor:
-        view = self._views[slot]
-        if view is None:
-            ref = self._refs[slot]
-            tensor = self._tensors[ref.tensor]
-            assert tensor is not None
-            view = self._views[slot] = _slice(tensor, ref)
-        return view
+    tensor: int
+    heads: tuple[int, int] | None
+    cut: Cut
+    wide: bool
 
 
 class Bound:
-    """One rank's program in one direction, for one dtype, with its place in the arena. Reused by all layers."""
+    """One rank's program in one direction, for one dtype and backend, with its place in the arena. Reused by all layers."""
 
     def __init__(
         self,
         lowered: Lowered,
         geometry: Geometry,
         dtype: torch.dtype,
+        backend: Backend,
         workspace: Workspace,
         wire_dtype: torch.dtype | None = None,
     ) -> None:
-        self.lowered, self.geometry, self.workspace = lowered, geometry, workspace
+        self.lowered, self.geometry, self.backend, self.workspace = lowered, geometry, backend, workspace
         self.dtype, self.wire_dtype = dtype, wire_dtype or dtype
         self.sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self.is_backward = lowered.is_backward
-        sent = [p.ref.tensor for r in lowered.rounds for p in r.sends if not p.pack]
-        self.sends_delta = any("delta" in p.what for r in lowered.rounds for p in r.sends)
-        self.dense = frozenset(lowered.externals[t] for t in sent if t < len(lowered.externals))
-        """The caller's tensors that are sent as they lie: they must be dense."""
-        self._refs: list[Ref] = []
-        self._slots: dict[Ref, Slot] = {}
-        self._cuts: dict[tuple[int, ...], Tensor] = {}
+        self.is_backward, self.dense, self.sends_delta = lowered.is_backward, lowered.dense, lowered.sends_delta
+        self.components = 3 if lowered.is_backward else 2
+        """Tensors that a launch returns."""
+        self._first = len(lowered.externals)
+        self.tensors = self._first + len(lowered.buffers)
         self._device = workspace.storage.device
-        self.rounds = tuple(
-            BoundRound(
-                fills=tuple((self._slot(ref), self._empty_value(ref)) for ref in part.fills),
-                sends=tuple((p, self._slot(p.ref), self._copies(p.pack)) for p in part.sends),
-                receives=tuple((p, self._slot(p.ref)) for p in part.receives),
-                casts=self._copies(part.casts),
-                calls=tuple(map(self._call, part.calls)),
-                fillers=part.fillers,
-                merges=tuple(self._merge(m) for m in part.merges if not m.late),
-                late=tuple(self._merge(m) for m in part.merges if m.late),
-            )
-            for part in lowered.rounds
-        )
+        self._slots: list[_Slot] = []
+        self._numbers: dict[tuple[object, ...], int] = {}
+        self._cu_seqlens: dict[bytes, Tensor] = {}
+        self.rounds: tuple[Round, ...] = lowered.rounds
+        self.calls = tuple(tuple(map(self._call, r.calls)) for r in lowered.rounds)
         self.fillers = tuple(map(self._call, lowered.fillers))
-        self.finals = self._copies(lowered.finals)
-        self.empties = tuple((self._slot(ref), self._empty_value(ref)) for ref in lowered.empties)
-        self._arena_address = -1
-        self._arena_views: list[Tensor | None] = []
+        self._template = self._describe_buffers()
+        self._kept = np.flatnonzero([False] * self._first + [b.kept for b in lowered.buffers])
+        self._arena = np.flatnonzero([False] * self._first + [not b.kept for b in lowered.buffers])
+        self._offsets = np.array([0] * self._first + [b.offset for b in lowered.buffers], dtype=np.int64)
+        self._address = -1
+        self._arena_views: dict[int, list[Tensor]] = {}
 
-    def bind(self, externals: Sequence[Tensor], kept: Tensor | None) -> Views:
-        """The views of one call. ``externals``: the caller's tensors, as ``lowered.externals`` names them."""
+    def _describe_buffers(self) -> np.ndarray:
+        template = np.zeros((self.tensors, 4), dtype=np.int64)
+        for number, buffer in enumerate(self.lowered.buffers, start=self._first):
+            width = self.geometry.head_dim if buffer.has_dim else 1
+            template[number, 1:] = buffer.heads * width, width, CODES[self.dtype_of(number)]
+        return template
+
+    def dtype_of(self, number: int) -> torch.dtype:
+        """Of a buffer."""
+        width = self.lowered.buffers[number - self._first].width
+        kernel = self.sum_dtype if self.geometry.widens else self.dtype
+        return {"model": self.dtype, "sum": self.sum_dtype, "wire": self.wire_dtype, "kernel": kernel}[width]
+
+    def bind(self, externals: Sequence[Tensor], kept: Tensor | None) -> Binding:
+        """The tensors of one call. ``externals``: the caller's, as ``lowered.externals`` names them."""
         arena = self.workspace.reserve(self.lowered.arena_bytes)
-        if arena.data_ptr() != self._arena_address or not self._arena_views:
-            self._arena_views = self._view_arena(arena)
-            self._arena_address = arena.data_ptr()
-        tensors: list[Tensor | None] = list(externals)
-        if kept is not None and self.lowered.kept_bytes:
-            tensors += [self._buffer(b, kept) if b.kept else None for b in self.lowered.buffers]
-        return Views(self._refs, tensors, self._arena_views.copy())
+        if arena.data_ptr() != self._address:
+            self._address = arena.data_ptr()
+            self._arena_views = {}
+            self._template[self._arena, 0] = self._offsets[self._arena] + self._address
+        return Binding(self, externals, arena, kept, self._template.copy())
 
-    def _view_arena(self, arena: Tensor) -> list[Tensor | None]:
-        first = len(self.lowered.externals)
-        buffers = [None if b.kept else self._buffer(b, arena) for b in self.lowered.buffers]
-        tensors = [None] * first + buffers
-        found = [tensors[ref.tensor] for ref in self._refs]
-        return [None if t is None else _slice(t, ref) for t, ref in zip(found, self._refs, strict=True)]
+    def describe(self, descriptors: np.ndarray, externals: Sequence[Tensor], kept: Tensor | None) -> None:
+        """Fills in what differs from layer to layer."""
+        for number, tensor in enumerate(externals):
+            if tensor.dim() > 1:
+                descriptors[number] = describe(tensor)
+        if kept is not None and len(self._kept):
+            descriptors[self._kept, 0] = self._offsets[self._kept] + kept.data_ptr()
 
-    def _buffer(self, buffer: Buffer, space: Tensor) -> Tensor:
-        dtypes = {"model": self.dtype, "sum": self.sum_dtype, "wire": self.wire_dtype, "byte": torch.uint8}
-        dtype = dtypes[buffer.width]
+    # ------------------------------------------------------------ numbering
+
+    def _call(self, call: Call) -> BoundCall:
+        results = call.results.copy()
+        results[:, 1] += self.tensors
+        results[results[:, 10] >= 0, 10] += self.tensors
+        inputs = tuple(self._slot(rows, call.wide) for rows in call.inputs)
+        return BoundCall(call, inputs, results, tuple(self._cut(*c) for c in call.cuts))
+
+    def _slot(self, rows: Rows, wide: bool) -> int:
+        key = rows.tensor, rows.heads, rows.starts.tobytes(), rows.stops.tobytes(), wide
+        if key not in self._numbers:
+            self._numbers[key] = len(self._slots)
+            self._slots.append(_Slot(rows.tensor, rows.heads, Cut.of(rows.starts, rows.stops), wide))
+        return self._numbers[key]
+
+    def _cut(self, rows: np.ndarray, keys: np.ndarray) -> Cuts:
+        """``cu_seqlens`` of a launch; one tensor for all that are cut alike."""
+        for cuts in (rows, keys):
+            if cuts.tobytes() not in self._cu_seqlens:
+                self._cu_seqlens[cuts.tobytes()] = torch.from_numpy(cuts).to(self._device)
+        longest = [max(b - a for a, b in pairwise(c.tolist())) for c in (rows, keys)]
+        return self._cu_seqlens[rows.tobytes()], self._cu_seqlens[keys.tobytes()], longest[0], longest[1]
+
+    # ------------------------------------------------------------ tensors
+
+    def buffer(self, number: int, space: Tensor) -> Tensor:
+        """A buffer, in the arena's bytes or in those that are kept."""
+        buffer, dtype = self.lowered.buffers[number - self._first], self.dtype_of(number)
         shape = (buffer.rows, buffer.heads, self.geometry.head_dim) if buffer.has_dim else (buffer.rows, buffer.heads)
         size = dtype.itemsize
         for n in shape:
             size *= n
         return space[buffer.offset : buffer.offset + size].view(dtype).view(shape)
 
-    # ------------------------------------------------------------ numbering
-
-    def _slot(self, ref: Ref) -> Slot:
-        if ref not in self._slots:
-            self._slots[ref] = len(self._refs)
-            self._refs.append(ref)
-        return self._slots[ref]
-
-    def _copies(self, copies: Sequence[Copy]) -> tuple[tuple[Slot, Slot], ...]:
-        return tuple((self._slot(source), self._slot(target)) for source, target in copies)
-
-    def _call(self, call: Call) -> BoundCall:
-        first = call.first if not self.is_backward else (call.first[0], call.first[1], call.first[1])
-        return BoundCall(
-            shape=call.shape,
-            inputs=tuple(map(self._slot, call.inputs)),
-            sums=tuple(map(self._slot, call.sums)),
-            first=first if self.is_backward else (first[0], first[0]),
-            has_out=call.has_out,
-            cuts=None if call.cuts is None else self._cut(*call.cuts),
-        )
-
-    def _cut(self, rows: tuple[int, ...], keys: tuple[int, ...]) -> Cuts:
-        """``cu_seqlens`` of a call; one tensor for all calls that are cut alike."""
-        for cuts in (rows, keys):
-            if cuts not in self._cuts:
-                self._cuts[cuts] = torch.tensor(cuts, dtype=torch.int32, device=self._device)
-        longest = [max(b - a for a, b in pairwise(c)) for c in (rows, keys)]
-        return self._cuts[rows], self._cuts[keys], longest[0], longest[1]
-
-    def _merge(self, merge: Merge) -> BoundMerge:
-        source, target = (tuple(map(self._slot, refs)) for refs in (merge.source, merge.target))
-        return BoundMerge(is_partial=merge.kind is Kind.OUT, source=source, target=target, first=merge.first)
-
-    def _empty_value(self, ref: Ref) -> float:
-        return float("-inf") if not self.is_backward and ref.tensor in self.lowered.lse_tensors else 0.0
+    def is_in_arena(self, number: int) -> bool:
+        return number >= self._first and not self.lowered.buffers[number - self._first].kept
 
 
-def _slice(tensor: Tensor, ref: Ref) -> Tensor:
-    rows = tensor[ref.start : ref.stop]
-    return rows if ref.heads is None else rows[:, ref.heads[0] : ref.heads[1]]
+class Binding:
+    """The tensors of one call of the operator."""
+
+    def __init__(
+        self, program: Bound, externals: Sequence[Tensor], arena: Tensor, kept: Tensor | None, descriptors: np.ndarray
+    ) -> None:
+        self.program, self._externals, self._arena, self._kept = program, externals, arena, kept
+        self.descriptors = descriptors
+        self.is_on_cpu = arena.device.type == "cpu"
+        if self.is_on_cpu:
+            program.describe(descriptors, externals, kept)
+        self._views: dict[int, list[Tensor]] = {}
+        self._tensors: dict[int, Tensor] = {}
+
+    def move(self, table: np.ndarray) -> None:
+        """Runs a table of moves between the program's tensors."""
+        if not len(table):
+            return
+        if self.is_on_cpu:
+            run_on_cpu(self.descriptors, NO_RESULTS, table, self.program.geometry.head_dim)
+        else:
+            run_with_torch(self.tensor, table)
+
+    def move_results(self, bound: BoundCall, results: Sequence[Tensor], first: int, last: int) -> None:
+        """Puts what launches [first, last) of a call returned where it belongs."""
+        begin, end = int(bound.call.bounds[first]), int(bound.call.bounds[last])
+        skipped = first * self.program.components
+        if self.is_on_cpu:
+            row, head = self.program.backend.row_axis, 1
+            found = np.zeros((skipped + len(results), 4), dtype=np.int64)
+            found[skipped:] = [describe(t, row, head) for t in results]
+            run_on_cpu(self.descriptors, found, bound.results, self.program.geometry.head_dim, begin, end)
+            return
+        before = self.program.tensors + skipped
+
+        def tensor(number: int) -> Tensor:
+            return results[number - before] if number >= before else self.tensor(number)
+
+        run_with_torch(tensor, bound.results[begin:end])
+
+    def tensor(self, number: int) -> Tensor:
+        """[rows, heads, head_dim] or [rows, heads]."""
+        if number < len(self._externals):
+            return self._externals[number]
+        if number not in self._tensors:
+            space = self._arena if self.program.is_in_arena(number) else self._kept
+            assert space is not None
+            self._tensors[number] = self.program.buffer(number, space)
+        return self._tensors[number]
+
+    def rows(self, slot: int) -> list[Tensor]:
+        """What each launch of a call reads of one tensor, as the backend takes it."""
+        program, one = self.program, self.program._slots[slot]
+        in_arena = program.is_in_arena(one.tensor)
+        views = program._arena_views if in_arena and not one.wide else self._views
+        if slot in views:
+            return views[slot]
+        tensor = self.tensor(one.tensor)
+        if one.heads is not None:
+            tensor = tensor[:, one.heads[0] : one.heads[1]]
+        if one.wide:
+            found = program.backend.cut(
+                tensor[one.cut.start : one.cut.stop].to(program.sum_dtype), one.cut.from_first()
+            )
+        else:
+            found = program.backend.cut(tensor, one.cut)
+        if not (in_arena and one.wide):  # what is cast is as large as what came: it goes with its call
+            views[slot] = found
+        return found
+
+    def space(self, packet: Packet, space: Space) -> tuple[Packet, Tensor]:
+        """What is sent, or filled, as bytes."""
+        if space.tensor >= 0:
+            return packet, self._externals[space.tensor][space.start : space.stop].view(-1).view(torch.uint8)
+        whole = self._kept if space.kept else self._arena
+        assert whole is not None
+        return packet, whole[space.start : space.stop]

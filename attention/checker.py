@@ -230,8 +230,9 @@ class _Direction:
                 )
             if not self.is_backward:
                 received = {(t.kind, t.chunks, t.heads) for step in program.steps for t in step.receives}
+                own = set(self.layout.owned(member))
                 for value in program.keep:
-                    if (value.kind, value.chunks, value.heads) not in received:
+                    if (value.kind, value.chunks, value.heads) not in received and not own.issuperset(value.chunks):
                         raise ProgramError(f"{self.name}: member {member} keeps {value}, which is not a whole message")
 
     def _all_pairs(self, cell: Cell) -> int:

@@ -68,7 +68,7 @@ def ulysses_cost(shape: Shape, backward: bool, slices: int) -> Cost:
     deal = _Deal(heads, n, min(slices, -(-heads.query // n)))
     others, turns = [p for p in range(n) if p != m], range(deal.slices)
     mine = sum(deal.query_count(m, i) for i in turns)
-    kept = (n - 1) * (shape.bytes(Kind.Q, mine) + shape.bytes(Kind.KV, deal.key_count(m)))
+    kept = n * (shape.bytes(Kind.Q, mine) + shape.bytes(Kind.KV, deal.key_count(m)))
     if backward:
         sent = shape.bytes(Kind.DO, heads.query - mine) + (n - 1) * shape.bytes(Kind.DQ, mine, final=True)
         sent += (n - 1) * sum(deal.gradient_bytes(shape, m, i) for i in turns)
@@ -106,7 +106,7 @@ def ulysses_home_cost(shape: Shape, backward: bool, slices: int) -> Cost:
     own = shape.half_if(m == 0)
     theirs = sum(shape.half_if(p == 0) for p in others)
     mine = sum(deal.query_count(m, i) for i in turns)
-    kept = theirs * (shape.bytes(Kind.Q, mine) + shape.bytes(Kind.KV, deal.key_count(m)))
+    kept = (own + theirs) * (shape.bytes(Kind.Q, mine) + shape.bytes(Kind.KV, deal.key_count(m)))
     if backward:
         sums = sum(sum(deal.returned(m, i)) for i in turns)
         sent = own * shape.bytes(Kind.DO, heads.query - mine)
@@ -154,7 +154,7 @@ def hybrid_cost(shape: Shape, backward: bool, degree: int) -> Cost:
         sums=degree * shape.bytes(Kind.DKV, keys),
     )
     peers = [p for p in range(degree) if p != place]
-    inputs = others * (shape.bytes(Kind.Q, queries) + shape.bytes(Kind.KV, keys))
+    inputs = degree * (shape.bytes(Kind.Q, queries) + shape.bytes(Kind.KV, keys)) if others else 0
     rest = shape.heads.query - queries
     if backward:
         sent = shape.bytes(Kind.DO, rest) + others * shape.bytes(Kind.DQ, queries, final=True)

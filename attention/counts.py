@@ -9,11 +9,12 @@ The figures that the choice by cost, the planner and the simulator use; ``hdp.at
 - a sum for tokens of another member: from its first tile or arrival to the step that sends it;
 - a partial that is merged on arrival: the step in which it arrives.
 
-[Note: calls] What arrived together lies together, and a kernel call reads queries that lie together and keys that lie together.
-So a tile takes a call for each pair of such blocks of which one sees some of the other; lowered programs take as many, or
-a few more where a mask cuts a pair into several rectangles (a window, blocks of several chunks).
+[Note: calls] What arrived together lies together; chunks of a step's tiles that did not are gathered first, in the order of
+their tokens. A kernel call reads queries that lie together and keys that lie together, so a tile takes a call for each
+rectangle of the mask between such blocks.
 
-What forward keeps for backward is counted apart, and not as a buffer of forward once it is kept: it is in ``kept_bytes``.
+What forward keeps for backward is counted apart, and not as a buffer of forward once it is kept: it is in ``kept_bytes``, this
+member's own tokens where they are kept with the others' included.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from dataclasses import dataclass
 
 from hdp.attention.blocks import HeadBlocks
 from hdp.attention.layout import Layout, Range, Ranges
-from hdp.attention.mask import Mask
+from hdp.attention.mask import Mask, decompose
 from hdp.attention.messages import messages
-from hdp.attention.program import HeadCount, Kind, RankProgram, Tile, Transfer
+from hdp.attention.program import HeadCount, Heads, Kind, RankProgram, Tile, Transfer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +66,7 @@ class StepCount:
     received: dict[int, int]
     """Bytes by source (member)."""
     messages: int
-    """Tensors sent and received."""
+    """Messages sent and received; sequences of one micro-batch share them."""
     calls: int
     """Kernel calls, where adjacent ones are not fused. See [Note: calls]."""
     buffer_bytes: int
@@ -110,7 +111,7 @@ def count(
     """Walks one member's program of one direction."""
     counter = _Counter(layout, heads, member, sizes, program)
     buffers = counter.buffers(program, backward)
-    blocks = _Blocks(layout, mask, heads, program, backward)
+    blocks = _Blocks(layout, mask, heads, member, program, backward)
     steps = []
     for number, step in enumerate(program.steps):
         sent: dict[int, int] = defaultdict(int)
@@ -123,8 +124,8 @@ def count(
                 area=sum(_area(layout, mask, tile) for tile in step.tiles),
                 sent=dict(sent),
                 received=dict(received),
-                messages=sum(m.tensors for way in (step.sends, step.receives) for m in messages(way, heads)),
-                calls=sum(map(blocks.calls, step.tiles)),
+                messages=len(messages(step.sends)) + len(messages(step.receives)),
+                calls=blocks.calls(step.tiles),
                 buffer_bytes=buffers[number],
             )
         )
@@ -139,39 +140,68 @@ def _area(layout: Layout, mask: Mask, tile: Tile) -> int:
 
 
 class _Blocks:
-    """Which chunks came together. See [Note: calls]."""
+    """Which chunks lie together. See [Note: calls]."""
 
-    def __init__(self, layout: Layout, mask: Mask, heads: HeadCount, program: RankProgram, backward: bool) -> None:
-        self.layout, self.mask, self.group = layout, mask, heads.group
+    def __init__(
+        self, layout: Layout, mask: Mask, heads: HeadCount, member: int, program: RankProgram, backward: bool
+    ) -> None:
+        self.layout, self.mask, self.group, self.own = layout, mask, heads.group, layout.owned(member)
+        self.is_plain = all(len(ranges) == 1 for ranges in layout.chunks)
         self.came: dict[tuple[Kind, int], tuple[int, ...]] = {}
         if backward:
+            kept: dict[tuple[Kind, Heads, int], list[int]] = defaultdict(list)
             for value in program.keep:
-                self._note(value.kind, value.chunks)
+                kept[value.kind, value.heads, value.block] += value.chunks
+            for (kind, _, _), chunks in kept.items():
+                self._note(kind, chunks)
 
     def arrive(self, transfers: Iterable[Transfer]) -> None:
         for transfer in transfers:
             self._note(transfer.kind, transfer.chunks)
 
-    def _note(self, kind: Kind, chunks: tuple[int, ...]) -> None:
+    def _note(self, kind: Kind, chunks: Iterable[int]) -> None:
         if not kind.is_accumulator:
+            chunks = tuple(chunks)
             self.came.update(dict.fromkeys(((kind, c) for c in chunks), chunks))
 
-    def calls(self, tile: Tile) -> int:
+    def calls(self, tiles: Iterable[Tile]) -> int:
+        """Of one step's tiles."""
+        tiles = list(tiles)
+        for kind, chunks in (
+            (Kind.Q, sorted({c for t in tiles for c in t.queries})),
+            (Kind.KV, sorted({c for t in tiles for c in t.keys})),
+        ):
+            if self.is_plain and len({self.came.get((kind, c), ()) for c in chunks}) > 1:
+                self._note(kind, chunks)
+        return sum(map(self._calls, tiles))
+
+    def _calls(self, tile: Tile) -> int:
         start, stop = tile.heads
         cuts = {start, stop, -(-start // self.group) * self.group, stop // self.group * self.group}
         pieces = sum(start <= cut < stop for cut in cuts)
-        queries, keys = self._spans(Kind.Q, tile.queries), self._spans(Kind.KV, tile.keys)
-        return pieces * sum(self.mask.sees_any(q, k) for q in queries for k in keys)
+        queries, keys = self._runs(Kind.Q, tile.queries), self._runs(Kind.KV, tile.keys)
+        return pieces * sum(len(decompose(self.mask, q, k)) for q in queries for k in keys)
 
-    def _spans(self, kind: Kind, chunks: Iterable[int]) -> list[Range]:
-        """First and last token, plus one, of each block."""
-        spans: dict[tuple[int, ...], Range] = {}
-        for ranges, came in ((self.layout.chunks[c], self.came.get((kind, c), ())) for c in chunks):
-            low, high = ranges[0][0], ranges[-1][1]
-            if low < high:
-                first, last = spans.get(came, (low, high))
-                spans[came] = min(first, low), max(last, high)
-        return list(spans.values())
+    def _runs(self, kind: Kind, chunks: tuple[int, ...]) -> list[Ranges]:
+        """Token ranges of chunks that lie one after the other; this member's own do from the start."""
+        is_home = set(self.own).issuperset(chunks)
+        runs: list[list[Range]] = []
+        end: tuple[tuple[int, ...], int] | None = None
+        for chunk in sorted(chunks, key=lambda c: self.layout.chunks[c][0]):
+            ranges = [r for r in self.layout.chunks[chunk] if r[0] < r[1]]
+            if not ranges:
+                continue
+            together = self.own if is_home else self.came.get((kind, chunk)) or self._own(chunk)
+            place = sorted(together, key=lambda c: self.layout.chunks[c][0]).index(chunk)
+            if (together, place) == end and runs[-1][-1][1] <= ranges[0][0]:
+                runs[-1] += ranges
+            else:
+                runs.append(ranges)
+            end = together, place + 1
+        return [tuple(run) for run in runs]
+
+    def _own(self, chunk: int) -> tuple[int, ...]:
+        return self.layout.owned(self.layout.owners[chunk])
 
 
 def _joined(layout: Layout, chunks: Iterable[int]) -> Ranges:
@@ -205,6 +235,7 @@ class _Counter:
     def buffers(self, program: RankProgram, backward: bool) -> list[int]:
         """Bytes held in each step."""
         kept = {cell for v in program.keep for cell in self._cells(v.kind, v.chunks, v.heads)}
+        kept = {cell for cell in kept if self.layout.owners[cell[1]] != self.member}
         if backward:
             for cell in sorted(kept, key=lambda c: (c[0].value, c[1], c[2])):
                 self.inputs[cell] = self._begin(cell, 0)

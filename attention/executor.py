@@ -10,22 +10,20 @@ Which of the two changes nothing in the results: local calls touch nothing that 
 
 from __future__ import annotations
 
-import itertools
 import random
 import struct
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import numpy as np
 
 from hdp.attention.backends import Backend, Scoring
-from hdp.attention.bound import Bound, BoundCall, BoundMerge, BoundRound, Views
-from hdp.attention.channel import Channel, Parcel, VirtualNetwork
-from hdp.attention.lowered import LAG
-from hdp.attention.merge import merge_partial
+from hdp.attention.bound import Binding, Bound, BoundCall
+from hdp.attention.channel import Channel, VirtualNetwork
+from hdp.attention.lowered import LAG, Round
 
 
 @dataclass(frozen=True)
@@ -47,120 +45,98 @@ class Executor:
     def __init__(self, backend: Backend, channel: Channel) -> None:
         self.backend, self.channel = backend, channel
 
-    def run(self, program: Bound, views: Views, scoring: Scoring, serial: tuple[int, ...]) -> Run:
+    def run(self, program: Bound, tensors: Binding, scoring: Scoring, serial: tuple[int, ...]) -> Run:
         """One direction of one layer.
 
         Args:
-            program: the rank's program. views: from its ``bind``; backward with ``program.sends_delta`` needs the tensor
+            program: the rank's program. tensors: from its ``bind``; backward with ``program.sends_delta`` needs the tensor
                 ``delta`` to hold sum(do * out).
             serial: the same on all sharers and new for every call.
         """
-        one_call = self._backward_call if program.is_backward else self._forward_call
-        fillers = iter(program.fillers)
+        fillers = _Fillers(self, program, tensors, scoring)
         stem = struct.pack(f"<{len(serial) + 1}q", *serial, program.is_backward)
         previous: Any = None
-        late: deque[tuple[Any, tuple[BoundMerge, ...]]] = deque()
+        late: deque[tuple[Any, np.ndarray]] = deque()
         for number, part in enumerate(program.rounds):
-            for slot, value in part.fills:
-                views[slot].fill_(value)
-            ticket = self._post(part, views, zlib.crc32(number.to_bytes(4, "little"), zlib.crc32(stem)))
-            for source, target in part.casts:
-                views[target].copy_(views[source])
-            for call in part.calls:
-                one_call(call, views, scoring)
-            if ticket is not None and part.receives:
-                self._fill(ticket, part.fillers, fillers, one_call, views, scoring)
+            tensors.move(part.gathers)
+            ticket = self._post(part, tensors, zlib.crc32(number.to_bytes(4, "little"), zlib.crc32(stem)))
+            for call in program.calls[number]:
+                self.launch(call, tensors, scoring, 0, call.call.launches)
+            if part.receives:
+                fillers.run(ticket, part.fillers)
                 yield Wait(ticket, "receives")
                 self.channel.wait_receives(ticket)
             if previous is not None:  # see [Note: arena]: a sent buffer lives one step longer
                 yield Wait(previous, "sends")
                 self.channel.wait_sends(previous)
             previous = ticket if part.sends else None
-            for merge in part.merges:
-                _merge(merge, views)
+            tensors.move(part.merges)
             late.append((ticket, part.late))
             if len(late) > LAG:
-                yield from self._come_home(*late.popleft(), views)
-        for call in fillers:
-            one_call(call, views, scoring)
+                yield from self._come_home(*late.popleft(), tensors)
+        fillers.run_rest()
         while late:
-            yield from self._come_home(*late.popleft(), views)
+            yield from self._come_home(*late.popleft(), tensors)
         if previous is not None:
             yield Wait(previous, "sends")
             self.channel.wait_sends(previous)
-        for slot, value in program.empties:
-            views[slot].fill_(value)
-        for source, target in program.finals:
-            views[target].copy_(views[source])
+        tensors.move(program.lowered.finals)
 
-    def _fill(
-        self, ticket: Any, share: int, fillers: Iterator[BoundCall], one_call: Any, views: Views, scoring: Scoring
-    ) -> None:
-        """Local calls while the receives of a round are under way. See [Note: fillers]."""
-        can_ask = self.channel.can_ask
-        for call in fillers if can_ask else itertools.islice(fillers, share):
-            one_call(call, views, scoring)
-            if can_ask and self.channel.has_received(ticket):
-                return
+    def launch(self, bound: BoundCall, tensors: Binding, scoring: Scoring, first: int, last: int) -> None:
+        """Launches [first, last) of a call, and what becomes of their results."""
+        inputs = [tensors.rows(slot) for slot in bound.inputs]
+        cuts: Any = bound.cuts
+        if last - first < bound.call.launches:
+            inputs, cuts = [views[first:last] for views in inputs], cuts[first:last]
+        results = self.backend.launch(inputs, bound.call.shape, scoring, cuts)
+        tensors.move_results(bound, results, first, last)
 
-    def _come_home(self, ticket: Any, merges: tuple[BoundMerge, ...], views: Views) -> Run:
+    def _come_home(self, ticket: Any, merges: np.ndarray, tensors: Binding) -> Run:
         """Partials that nobody waited for. See [Note: late]."""
-        if merges:
+        if len(merges):
             yield Wait(ticket, "late")
             self.channel.wait_late(ticket)
-            for merge in merges:
-                _merge(merge, views)
+            tensors.move(merges)
 
-    def _post(self, part: BoundRound, views: Views, tag: int) -> Any:
+    def _post(self, part: Round, tensors: Binding, tag: int) -> Any:
         if not part.sends and not part.receives:
             return None
-        sends: list[Parcel] = []
-        for packet, slot, pack in part.sends:
-            for source, target in pack:
-                views[target].copy_(views[source])
-            sends.append((packet, views[slot]))
-        return self.channel.post(sends, [(packet, views[slot]) for packet, slot in part.receives], tag & 0x7FFFFFFF)
-
-    def _forward_call(self, call: BoundCall, views: Views, scoring: Scoring) -> None:
-        out, lse = call.sums
-        q, k, v = self._inputs(call, views)
-        partial, partial_lse = self.backend.forward(q, k, v, call.shape, scoring, call.cuts)
-        if call.first[0]:
-            views[out].copy_(partial)
-            views[lse].copy_(partial_lse)
-        else:
-            merge_partial(views[out], views[lse], partial, partial_lse)
-
-    def _backward_call(self, call: BoundCall, views: Views, scoring: Scoring) -> None:
-        q, k, v, do, lse, last = self._inputs(call, views)
-        out, delta = (last, None) if call.has_out else (None, last)
-        partials = self.backend.backward(do, q, k, v, lse, out, delta, call.shape, scoring, call.cuts)
-        for slot, partial, first in zip(call.sums, partials, call.first, strict=True):
-            if first:
-                views[slot].copy_(partial)
-            else:
-                views[slot].add_(partial)
-
-    def _inputs(self, call: BoundCall, views: Views) -> list[Tensor]:
-        """What a call reads; widened where the backend can compute a partial in the accumulators' dtype."""
-        inputs = [views[slot] for slot in call.inputs]
-        if self.backend.widens:
-            dtype = views[call.sums[0]].dtype
-            if dtype != inputs[0].dtype:
-                return [t.to(dtype) for t in inputs]
-        return inputs
+        sends = [tensors.space(packet, space) for packet, space in part.sends]
+        receives = [tensors.space(packet, space) for packet, space in part.receives]
+        return self.channel.post(sends, receives, tag & 0x7FFFFFFF)
 
 
-def _merge(merge: BoundMerge, views: Views) -> None:
-    if merge.first:
-        for to, of in zip(merge.target, merge.source, strict=True):
-            views[to].copy_(views[of])
-    elif merge.is_partial:
-        out, lse = (views[slot] for slot in merge.target)
-        merge_partial(out, lse, *(views[slot] for slot in merge.source))
-    else:
-        for to, of in zip(merge.target, merge.source, strict=True):
-            views[to].add_(views[of])
+class _Fillers:
+    """The local calls of a program, launch by launch. See [Note: fillers]."""
+
+    def __init__(self, executor: Executor, program: Bound, tensors: Binding, scoring: Scoring) -> None:
+        self.executor, self.calls, self.tensors, self.scoring = executor, program.fillers, tensors, scoring
+        self.call, self.launch = 0, 0
+
+    def run(self, ticket: Any, share: int) -> None:
+        """While the receives of a round are under way."""
+        channel = self.executor.channel
+        if not channel.can_ask:
+            self._advance(share)
+            return
+        while self.call < len(self.calls):
+            self._advance(1)
+            if channel.has_received(ticket):
+                return
+
+    def run_rest(self) -> None:
+        while self.call < len(self.calls):
+            self._advance(self.calls[self.call].call.launches - self.launch)
+
+    def _advance(self, count: int) -> None:
+        while count and self.call < len(self.calls):
+            call = self.calls[self.call]
+            stop = min(self.launch + count, call.call.launches)
+            self.executor.launch(call, self.tensors, self.scoring, self.launch, stop)
+            count -= stop - self.launch
+            self.launch = stop
+            if stop == call.call.launches:
+                self.call, self.launch = self.call + 1, 0
 
 
 def drive(run: Run) -> None:

@@ -1,304 +1,288 @@
-"""Lowers one rank's part of a micro-batch to a flat list of operations on numbered tensors.
+"""Lowers one rank's part of a micro-batch: the outlines of its bundles, with rows, bytes and places in the arena filled in.
 
-A micro-batch holds shards of several sequences, each with a program of its own (``hdp.attention.program``). Step ``i`` of
-all of them together is round ``i`` of the micro-batch. What comes out names no sequence, chunk or member any more: kernel
-calls on row ranges of tensors, messages, merges, and one arena in which every received or travelling buffer has its
-place. It is made once per micro-batch and layer geometry, in time linear in the programs' steps, and reused by all layers.
+Step ``i`` of all bundles together is round ``i`` of the micro-batch. What goes to one rank in one round and lane is one
+message, whatever the number of sequences in it; what is copied, computed and merged in a round is one table. It is made
+once per micro-batch and layer geometry and reused by all layers.
 """
 
 from __future__ import annotations
 
-import gc
-import itertools
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from hdp.attention.arena import pack_arena
-from hdp.attention.fillers import local_calls, spread
-from hdp.attention.kept import Kept
-from hdp.attention.layout import Layout
-from hdp.attention.lowered import COMPONENTS, LAG, Buffer, Call, Copy, Geometry, Lowered, Merge, Packet, Ref, Round
-from hdp.attention.mask import Mask, decompose
-from hdp.attention.messages import Message, messages
-from hdp.attention.packets import MessageLowering, Party, join_refs
-from hdp.attention.places import Place, Places
-from hdp.attention.program import Heads, Kind, RankProgram, Transfer
-from hdp.attention.tiles import Setting, TileLowering
+import numpy as np
+
+from hdp.attention.bundle import Bundle
+from hdp.attention.fillers import Local, local_calls
+from hdp.attention.launches import Launches
+from hdp.attention.lowered import Geometry, Lowered, Op, Packet, Round, Space
+from hdp.attention.outline import outline
+from hdp.attention.outlined import Mail, Move, Outline, Piece
+from hdp.attention.places import Ref
+from hdp.attention.spaces import Message, Root, Spaces, laid_out, whole
+from hdp.attention.tables import Tables, Tensor, stack
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Task:
-    """One sequence of the micro-batch, as this rank sees it."""
+    """One bundle of the micro-batch and the schedules, forward and backward, that it runs."""
 
-    sequence: int
-    layout: Layout
-    group: tuple[int, ...]
-    """Ranks of the world, by member."""
-    member: int
-    row: int
-    """First row of this rank's shard among the packed rows of its micro-batch."""
-    program: RankProgram
-    mask: Mask
+    bundle: Bundle
+    names: tuple[str, str]
 
 
-FORWARD_TENSORS = ("q", "k", "v", "out", "lse")
-BACKWARD_TENSORS = ("q", "k", "v", "do", "out", "lse", "delta", "dq", "dk", "dv")
-
-
-def lower(tasks: Sequence[Task], geometry: Geometry, backward: bool, ranks_per_node: int | None = None) -> Lowered:
-    """This rank's flat program; ``tasks`` in the same order on every rank (ascending sequence).
+def lower(
+    tasks: Sequence[Task],
+    geometry: Geometry,
+    backward: bool,
+    ranks_per_node: int | None = None,
+    *,
+    packs: bool = False,
+) -> Lowered:
+    """This rank's flat program.
 
     In each round, sequences that are spread over several nodes come first, then those inside one, so that the slow links
-    are busy earliest; whole local ones fill the waits (Zeppelin's order). ``ranks_per_node`` None: one node.
+    are busy earliest; whole local ones fill the waits (Zeppelin's order).
+
+    Args:
+        tasks: the bundles, in any order: it follows from their groups and sequences, the same on all sharers.
+        ranks_per_node: None: one node. packs: whether the backend takes several rectangles a launch.
     """
-    with _no_collection():
-        return _Lowering(tasks, geometry, backward, ranks_per_node).run()
+    order = sorted(tasks, key=lambda t: (not _spans_nodes(t.bundle.group, ranks_per_node), int(t.bundle.sequences[0])))
+    return _Lowering(order, geometry, backward, packs).run()
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Python's cycle collector waits: the many small objects of a program hold no cycles, and it takes a third of the time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+Parcel = tuple[Packet, Callable[[], Space]]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A round whose messages are not located yet: what says where their bytes lie knows it once all buffers have a place."""
+
+    part: Round
+    sends: list[Parcel]
+    receives: list[Parcel]
+
+    def located(self, part: Round) -> Round:
+        return replace(
+            part,
+            sends=tuple((packet, lies()) for packet, lies in self.sends),
+            receives=tuple((packet, lies()) for packet, lies in self.receives),
+        )
 
 
 class _Lowering:
-    def __init__(self, tasks: Sequence[Task], geometry: Geometry, backward: bool, ranks_per_node: int | None) -> None:
-        self.tasks, self.geometry, self.backward = tasks, geometry, backward
-        # Sharers agree on the order: it follows from the group and the sequence alone.
-        self.order = sorted(range(len(tasks)), key=lambda i: not _spans_nodes(tasks[i], ranks_per_node))
-        self.externals = BACKWARD_TENSORS if backward else FORWARD_TENSORS
-        self.places = Places(geometry, self.externals)
-        self.tiles = TileLowering(self.places, backward)
-        self.settings = [Setting(i, t.sequence, t.member, t.layout, t.mask) for i, t in enumerate(tasks)]
-        self.finals: list[Copy] = []
-        self.keeps = [Kept(task.program, task.layout, geometry) for task in tasks]
-        self.mail = MessageLowering(self.places, backward)
-        self.parties = [
-            Party(i, t.sequence, t.member, t.layout, t.group, kept, _terms(t, geometry))
-            for i, (t, kept) in enumerate(zip(tasks, self.keeps, strict=True))
-        ]
-        self.kept_bytes = 0
-        for keep in self.keeps:
-            self.kept_bytes = keep.place_at(self.kept_bytes)
+    def __init__(self, tasks: Sequence[Task], geometry: Geometry, backward: bool, packs: bool) -> None:
+        self.geometry, self.backward = geometry, backward
+        self.packs = packs
+        self.bundles = [t.bundle for t in tasks]
+        self.outlines = [self._outline(task) for task in tasks]
+        self.externals = self.outlines[0].externals if tasks else ()
+        first = [len(self.externals)]
+        for one in self.outlines:
+            first.append(first[-1] + len(one.drafts))
+        self.tables = Tables(self.bundles, self.outlines, geometry, self.externals, first)
+        self.launches = Launches(self.tables, backward, packs)
+        self.spaces = Spaces(self.tables)
+        self.dense: set[str] = set()
+        self.sends_delta = False
 
     def run(self) -> Lowered:
-        for index, task in enumerate(self.tasks):
-            self._place_own(index, task)
-        count = max((len(t.program.steps) for t in self.tasks), default=0)
-        fillers: list[Call] = []
-        rounds = []
-        for step in range(count):
-            self.places.step = step
-            rounds.append(self._lower_round(step, fillers))
-        self.places.step = count
-        for source, _ in self.finals:  # accumulators that become outputs live to the end
-            self.places.touch(source.tensor)
-        fillers = local_calls(fillers, rounds, self.geometry.heads)
-        return self._assemble(spread(rounds, fillers), fillers)
-
-    # ------------------------------------------------------------ what is here at the start
-
-    def _place_own(self, index: int, task: Task) -> None:
-        geometry, layout = self.geometry, task.layout
-        kinds = (Kind.Q, Kind.KV, Kind.DO, Kind.DQ, Kind.DKV) if self.backward else (Kind.Q, Kind.KV, Kind.OUT)
-        own = [(chunk, layout.tokens(chunk)) for chunk in layout.owned(task.member)]
-        rows = sum(tokens for _, tokens in own)
-        for kind in kinds:
-            heads = geometry.heads.of(kind)
-            tensors = tuple(self.places.external(c.name) for c in COMPONENTS[kind])
-            place = Place(tensors, task.row, rows, heads, heads[0], heads[1] - heads[0])
-            if kind.is_accumulator and not geometry.sums_are_outputs and not _is_one_call(task):
-                place = self._accumulate_apart(kind, task, tensors, rows, heads)
-            self.places.spread(index, kind, own, place)
-        if self.backward:
-            for value, offset in zip(task.program.keep, self.keeps[index].offsets, strict=True):
-                tokens = [(c, layout.tokens(c)) for c in value.chunks]
-                total = sum(t for _, t in tokens)
-                place = self.places.new(value.kind, total, value.heads, kept_offset=offset, travels=True)
-                self.places.spread(index, value.kind, tokens, place)
-
-    def _accumulate_apart(self, kind: Kind, task: Task, outputs: tuple[int, ...], rows: int, heads: Heads) -> Place:
-        """fp32 accumulators in the arena for outputs of a narrower dtype; cast into the outputs at the end."""
-        place = self.places.new(kind, rows, heads)
-        for accumulator, output in zip(place.tensors, outputs, strict=True):
-            self.finals.append((Ref(accumulator, 0, rows), Ref(output, task.row, task.row + rows)))
-        return place
-
-    # ------------------------------------------------------------ one round
-
-    def _lower_round(self, step: int, fillers: list[Call]) -> Round:
-        sends: list[Packet] = []
-        receives: list[Packet] = []
-        merges: list[Merge] = []
-        calls: list[Call] = []
-        arrivals: list[tuple[int, Message, list[Packet], list[Place]]] = []
-        self.tiles.begin_step()
-        tasks = ((i, self.tasks[i]) for i in self.order)
-        active = [(i, t, t.program.steps[step]) for i, t in tasks if step < len(t.program.steps)]
-        for index, _, part in active:
-            for message in self._messages(part.sends):
-                sends += self.mail.send(self.parties[index], message, self.tiles.fills)
-        for index, _, part in active:
-            for message in self._messages(part.receives):
-                arrivals.append((index, message, *self.mail.receive(self.parties[index], message)))
-        for index, task, part in active:
-            out = fillers if task.layout.size == 1 else calls
-            for tile in part.tiles:
-                out += self.tiles.calls(self.settings[index], tile)
-        for index, message, packets, places in arrivals:
-            came = [self._arrive(index, t, place) for t, place in zip(message.transfers, places, strict=True)]
-            late = all(self._is_late(index, t, some) for t, some in zip(message.transfers, came, strict=True))
-            if late:
-                for tensor in (tensor for place in places for tensor in place.tensors):
-                    self.places.touch(tensor, extra=LAG)
-            receives += [replace(packet, late=late) for packet in packets]
-            merges += [replace(merge, late=late) for some in came for merge in some]
-        return Round(
-            fills=tuple(self.tiles.fills),
-            sends=tuple(sends),
-            receives=tuple(receives),
-            casts=tuple(self.tiles.casts),
-            calls=tuple(calls),
-            merges=tuple(merges),
+        count = max((len(o.turns) for o in self.outlines), default=0)
+        incoming = [self._messages(step, sends=False) for step in range(count)]
+        outgoing = [self._messages(step, sends=True) for step in range(count)]
+        aliases = self.spaces.make_roots(incoming)
+        drafts = [self._round(step, outgoing[step], incoming[step], aliases) for step in range(count)]
+        local = [
+            Local(index, call, self.launches.costs(index, call))
+            for index, one in enumerate(self.outlines)
+            if one.is_local
+            for turn in one.turns
+            for call in turn.calls
+        ]
+        rounds, fillers = local_calls(
+            local, [d.part for d in drafts], self.geometry.heads, self.launches.call, packs=self.packs
         )
-
-    def _messages(self, transfers: Sequence[Transfer]) -> list[Message]:
-        return messages(transfers, self.geometry.heads, joins=self.geometry.joins)
-
-    def _is_late(self, index: int, transfer: Transfer, merges: Sequence[Merge]) -> bool:
-        """Whether all that arrived is added to sums that stay here. See [Note: late]."""
-        task = self.tasks[index]
-        owned = all(task.layout.owners[chunk] == task.member for chunk in transfer.chunks)
-        return transfer.kind.is_accumulator and owned and not any(merge.first for merge in merges)
-
-    def _arrive(self, index: int, transfer: Transfer, place: Place) -> list[Merge]:
-        merges: list[Merge] = []
-        layout, kind = self.tasks[index].layout, transfer.kind
-        row = 0
-        for chunk in transfer.chunks:
-            tokens = layout.tokens(chunk)
-            source = Place(place.tensors, row, tokens, place.heads, place.base, place.count, place.is_wire)
-            row += tokens
-            if not tokens:
-                continue
-            if not kind.is_accumulator:
-                self.places.put(index, kind, chunk, source)
-                if not self.backward:
-                    self._keep(index, transfer, chunk, source, merges)
-                continue
-            gaps = self.places.gaps(index, kind, chunk, transfer.heads)
-            for target in self.places.pieces(index, kind, chunk, transfer.heads):
-                merges.append(self._merge(kind, source.narrow(target.heads), target))
-            for heads in gaps:  # it goes on from here: the message's own buffer is its place
-                self.places.put(index, kind, chunk, source.narrow(heads))
-                self.places.filled(source.narrow(heads))
-        return _join_merges(merges)
-
-    def _merge(self, kind: Kind, source: Place, target: Place) -> Merge:
-        first = self.places.claim(target, target.row, target.row + target.rows, target.heads, self.tiles.fills)
-        return self._copy(kind, source, target, first)
-
-    def _copy(self, kind: Kind, source: Place, target: Place, first: bool) -> Merge:
-        parts = range(len(COMPONENTS[kind]))
-        return Merge(
-            kind=kind,
-            source=tuple(self.places.rows_of(source, c) for c in parts),
-            target=tuple(self.places.rows_of(target, c) for c in parts),
-            first=first,
-        )
-
-    def _keep(self, index: int, transfer: Transfer, chunk: int, source: Place, merges: list[Merge]) -> None:
-        """Copies what backward needs out of a message of which it needs only a part."""
-        layout = self.tasks[index].layout
-        for value, offset in self.keeps[index].parts(transfer.kind, chunk):
-            low, high = max(value.heads[0], source.heads[0]), min(value.heads[1], source.heads[1])
-            if low >= high:
-                continue
-            rows = sum(map(layout.tokens, value.chunks))
-            kept = self.places.new(value.kind, rows, value.heads, kept_offset=offset, travels=True)
-            row = sum(layout.tokens(c) for c in value.chunks[: value.chunks.index(chunk)])
-            target = Place(kept.tensors, row, source.rows, (low, high), kept.base, kept.count)
-            merges.append(self._copy(value.kind, source.narrow((low, high)), target, first=True))
-
-    # ------------------------------------------------------------ the end
-
-    def _assemble(self, rounds: Sequence[Round], fillers: Sequence[Call]) -> Lowered:
-        empties = tuple(self._empties())
-        drafts = self.places.drafts
-        offsets, arena_bytes = pack_arena(drafts, self.geometry)
-        first = len(self.externals)
-        buffers = tuple(
-            Buffer(
-                tensor=first + i,
-                offset=offset,
-                rows=d.rows,
-                heads=d.heads,
-                has_dim=d.has_dim,
-                width=d.width,
-                kept=d.kept,
-            )
-            for i, (d, offset) in enumerate(zip(drafts, offsets, strict=True))
-        )
-        lse = {self.places.external("lse")} | {
-            first + i for i, d in enumerate(drafts) if not d.has_dim and d.width != "byte"
-        }
+        finals = [
+            self.tables.empties(),
+            self.tables.table((i, m) for i, o in enumerate(self.outlines) for m in o.finals),
+        ]
+        kept_bytes, arena_bytes = self.spaces.place()
         return Lowered(
             externals=self.externals,
-            buffers=buffers,
-            rounds=tuple(rounds),
+            buffers=self.spaces.located(),
+            rounds=tuple(d.located(part) for d, part in zip(drafts, rounds, strict=True)),
             fillers=tuple(fillers),
-            finals=tuple(self.finals),
-            empties=empties,
+            finals=stack(finals),
             arena_bytes=arena_bytes,
-            kept_bytes=self.kept_bytes,
+            kept_bytes=kept_bytes,
             is_backward=self.backward,
-            lse_tensors=frozenset(lse),
+            dense=frozenset(self.dense),
+            sends_delta=self.sends_delta,
         )
 
-    def _empties(self) -> Iterator[Ref]:
-        kinds = (Kind.DQ, Kind.DKV) if self.backward else (Kind.OUT,)
-        for index, task in enumerate(self.tasks):
-            for kind, chunk in itertools.product(kinds, task.layout.owned(task.member)):
-                yield from self.places.unfilled(index, kind, chunk)
+    def _outline(self, task: Task) -> Outline:
+        bundle = task.bundle
+        try:
+            return outline(bundle.structure, bundle.member, task.names, self.backward, self.geometry)
+        except ValueError as error:
+            raise ValueError(
+                f"sequence {bundle.sequences[0]}, shared by ranks {bundle.group}, schedule {task.names[self.backward]!r}:"
+                f" {error}"
+            ) from error
+
+    # ------------------------------------------------------------ messages
+
+    def _messages(self, step: int, *, sends: bool) -> list[Message]:
+        """What goes to, or comes from, each rank: one message a lane and sort, in an order that both ends share."""
+        found: dict[tuple[int, int, bool], list[tuple[int, Mail]]] = {}
+        for index, one in enumerate(self.outlines):
+            if step < len(one.turns):
+                group = self.bundles[index].group
+                for mail in one.turns[step].sends if sends else one.turns[step].receives:
+                    found.setdefault((group[mail.peer], mail.lane, mail.is_sum), []).append((index, mail))
+        return list(found.items())
+
+    def _packet(self, key: tuple[int, int, bool], parts: Sequence[tuple[int, Mail]], late: bool = False) -> Packet:
+        names = dict.fromkeys(piece.name for _, mail in parts for piece in mail.pieces)
+        terms = 0
+        for index, mail in parts:
+            terms = zlib.crc32(repr(mail.content).encode(), zlib.crc32(self._terms[index], terms))
+        more = sum(len(self.bundles[index].sequences) for index, _ in parts) - 1
+        what = "+".join(names) + (f" (and of {more} more)" if more else "")
+        sequence = int(self.bundles[parts[0][0]].sequences[0])
+        return Packet(peer=key[0], lane=key[1], sequence=sequence, what=what, terms=terms, late=late)
+
+    @cached_property
+    def _terms(self) -> list[bytes]:
+        """What all sharers must say of each bundle alike."""
+        return [
+            repr((b.structure.layout, b.structure.mask, b.group, self.geometry)).encode()
+            + b.sequences.tobytes()
+            + b.lengths.tobytes()
+            for b in self.bundles
+        ]
+
+    def _send(
+        self, step: int, key: tuple[int, int, bool], parts: Sequence[tuple[int, Mail]], packs: list[np.ndarray]
+    ) -> Parcel | None:
+        """The message, and where its bytes will lie; ``packs`` collects what brings them together."""
+        pieces = [(index, piece) for index, mail in parts for piece in mail.pieces]
+        self.sends_delta = self.sends_delta or any(piece.name == "delta" for _, piece in pieces)
+        shapes = [self._shape(index, piece) for index, piece in pieces]
+        begins, size = laid_out(shapes)
+        if not size:
+            return None
+        packet = self._packet(key, parts)
+        lies = self._as_it_lies(pieces, begins, size) or self._dense_rows(pieces)
+        if lies is None:
+            lies = self._pack(step, pieces, packs)
+        return packet, lies
+
+    def _shape(self, index: int, piece: Piece) -> tuple[int, int, bool]:
+        """Bytes, bytes of an element, whether it has vectors."""
+        element = self.geometry.bytes_of(piece.width)
+        count = piece.heads * (self.geometry.head_dim if piece.has_dim else 1)
+        return self.bundles[index].count(piece.chunks) * count * element, element, piece.has_dim
+
+    def _as_it_lies(
+        self, pieces: Sequence[tuple[int, Piece]], begins: Sequence[int], size: int
+    ) -> Callable[[], Space] | None:
+        if any(piece.tensor < 0 for _, piece in pieces):
+            return None
+        numbers = [self.tables.number(index, piece.tensor) for index, piece in pieces]
+        root, starts = self.spaces.root_of[numbers[0]], set()
+        for number, begin in zip(numbers, begins, strict=True):
+            starts.add(self.spaces.inside[number] - begin)
+            if self.spaces.root_of[number] is not root:
+                return None
+        if len(starts) > 1:
+            return None
+        (start,) = starts
+        return lambda: Space(-1, root.at + start, root.at + start + size, root.kept)
+
+    def _dense_rows(self, pieces: Sequence[tuple[int, Piece]]) -> Callable[[], Space] | None:
+        """Rows of one of the caller's tensors that lie together."""
+        if len(pieces) != 1 or len(pieces[0][1].moves) != 1:
+            return None
+        (index, piece), (ref,) = pieces[0], pieces[0][1].moves[0].source
+        tensor = self.tables.tensor(index, ref.tensor)
+        if ref.tensor >= len(self.externals) or ref.heads is not None:
+            return None
+        if self.geometry.bytes_of(piece.width) != self.geometry.bytes_of(tensor.width):
+            return None
+        starts, stops = self.tables.rows(index, ref, ref.start), self.tables.rows(index, ref, ref.stop)
+        if (starts[1:] != stops[:-1]).any():
+            return None
+        self.dense.add(self.externals[ref.tensor])
+        space = Space(ref.tensor, int(starts[0]), int(stops[-1]))
+        return lambda: space
+
+    def _pack(self, step: int, pieces: Sequence[tuple[int, Piece]], packs: list[np.ndarray]) -> Callable[[], Space]:
+        root = Root([], step, step + 1)
+        self.spaces.roots["out", step, len(self.spaces.roots)] = root
+        for index, piece in pieces:
+            rows = self.bundles[index].count(piece.chunks)
+            number = self.spaces.add(root, rows, piece.heads, piece.has_dim, piece.width)
+            target = Tensor(piece.chunks, piece.heads, piece.has_dim, piece.width, None, False)
+            packs.append(self.tables.table(((index, move) for move in piece.moves), made=(number, target)))
+        self.spaces.lay_out(root)
+        return lambda: Space(-1, root.at, root.at + root.bytes)
+
+    # ------------------------------------------------------------ rounds
+
+    def _round(
+        self, step: int, outgoing: Sequence[Message], incoming: Sequence[Message], aliases: set[tuple[int, int]]
+    ) -> _Draft:
+        turns = [(i, o.turns[step]) for i, o in enumerate(self.outlines) if step < len(o.turns)]
+        gathers = [self.tables.fills(i, turn.fills) for i, turn in turns]
+        gathers.append(self.tables.table((i, move) for i, turn in turns for move in turn.gathers))
+        sends = [self._send(step, key, parts, gathers) for key, parts in outgoing]
+        receives: list[Parcel] = []
+        merges: list[np.ndarray] = []
+        late: list[np.ndarray] = []
+        comes_late: set[int] = set()
+        for key, parts in incoming:
+            is_late = all(mail.late for _, mail in parts)
+            peer, lane, is_sum = key
+            root = self.spaces.roots.get(("in", step, peer, lane, int(is_sum)))
+            if root is None:  # received where it is kept
+                ((index, mail),) = parts
+                root = self.spaces.roots["kept", index, mail.keeps]
+            if root.bytes:
+                receives.append((self._packet(key, parts, is_late), whole(root)))
+            comes_late |= {id(mail) for _, mail in parts} if is_late else set()
+            merges += [self._keep(i, mail) for i, mail in parts if mail.keeps >= 0 and (i, mail.keeps) not in aliases]
+        for index, turn in turns:  # in each bundle's own order: what comes first is written, what comes later is added
+            for mail in turn.receives:
+                moves = self.tables.table((index, move) for move in mail.merges)
+                (late if id(mail) in comes_late else merges).append(moves)
+        calls = []
+        for index, turn in turns:
+            if not self.outlines[index].is_local:
+                for call in turn.calls:
+                    made, empty = self.launches.call(index, call)
+                    gathers.append(empty)
+                    calls += made
+        part = Round(
+            gathers=stack(gathers),
+            sends=(),
+            receives=(),
+            calls=tuple(calls),
+            merges=stack(merges),
+            late=stack(late),
+        )
+        return _Draft(part, [s for s in sends if s is not None], receives)
+
+    def _keep(self, index: int, mail: Mail) -> np.ndarray:
+        block = self.outlines[index].kept[mail.keeps]
+        pairs = zip(mail.pieces, block.tensors, strict=True)
+        rows = sum(self.bundles[index].layout.tokens(c) for c in block.chunks)
+        moves = [Move(Op.COPY, (Ref(p.tensor, 0, rows),), (Ref(kept, 0, rows),)) for p, kept in pairs]
+        return self.tables.table((index, move) for move in moves)
 
 
-def _join_merges(merges: Iterable[Merge]) -> list[Merge]:
-    """One merge for rows that lie together on both sides: chunks of one message, mostly."""
-    joined: list[Merge] = []
-    for merge in merges:
-        last = joined[-1] if joined else None
-        if last is not None and (last.kind, last.first) == (merge.kind, merge.first):
-            pairs = zip((*last.source, *last.target), (*merge.source, *merge.target), strict=True)
-            refs = [join_refs(pair) for pair in pairs]
-            if all(len(both) == 1 for both in refs):
-                parts = len(merge.source)
-                source, target = (tuple(r[0] for r in some) for some in (refs[:parts], refs[parts:]))
-                joined[-1] = replace(last, source=source, target=target)
-                continue
-        joined.append(merge)
-    return joined
-
-
-def _terms(task: Task, geometry: Geometry) -> int:
-    layout = task.layout
-    return zlib.crc32(repr((layout.name, layout.length, task.group, task.mask, geometry)).encode())
-
-
-def _spans_nodes(task: Task, ranks_per_node: int | None) -> bool:
-    return ranks_per_node is not None and len({rank // ranks_per_node for rank in task.group}) > 1
-
-
-def _is_one_call(task: Task) -> bool:
-    """A whole sequence that one kernel call computes: nothing is ever merged, so outputs are written directly."""
-    if task.layout.size > 1 or len(task.program.steps) > 1:
-        return False
-    whole = ((0, task.layout.length),)
-    return len(decompose(task.mask, whole, whole)) == 1
+def _spans_nodes(group: tuple[int, ...], ranks_per_node: int | None) -> bool:
+    return ranks_per_node is not None and len({rank // ranks_per_node for rank in group}) > 1

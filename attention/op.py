@@ -108,9 +108,9 @@ def _attend(
     lse = torch.empty(q.shape[:2], dtype=program.sum_dtype, device=q.device)
     kept = torch.empty(program.lowered.kept_bytes, dtype=torch.uint8, device=q.device)
     inputs = _laid_out(program, q=q, k=k, v=v)
-    views = program.bind([*inputs, out, lse], kept)
+    tensors = program.bind([*inputs, out, lse], kept)
     name = path.calls.begin()
-    _drive(executor.run(program, views, scoring, (*path.serial, name)), path, name, is_backward=False)
+    _drive(executor.run(program, tensors, scoring, (*path.serial, name)), path, name, is_backward=False)
     # From an array: a third of the time of torch.tensor (3 against 11 us on a busy core).
     return out, lse, kept, torch.frombuffer(array("q", (number, name)), dtype=torch.int64)
 
@@ -165,9 +165,9 @@ def _attend_backward(
     if program.sends_delta:
         delta = delta_of(inputs[3], out)
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    views = program.bind([*inputs, out, lse, delta, dq, dk, dv], kept)
+    tensors = program.bind([*inputs, out, lse, delta, dq, dk, dv], kept)
     path.calls.begin_backward(name)
-    run = executor.run(program, views, Scoring(scale, softcap), (*path.serial, name))
+    run = executor.run(program, tensors, Scoring(scale, softcap), (*path.serial, name))
     _drive(run, path, name, is_backward=True)
     return dq, dk, dv
 

@@ -107,11 +107,13 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Value:
-    """Inputs that stay at a member from forward to backward, apart from its own: one whole message that it received."""
+    """Inputs that stay at a member from forward to backward: one whole message that it received, or its own."""
 
     kind: Kind
     chunks: tuple[int, ...]
     heads: Heads
+    block: int = 0
+    """Values of one kind, of the same heads and block, are kept in one tensor, in the order of their tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)

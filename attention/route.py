@@ -17,16 +17,15 @@ from torch import Tensor
 from hdp.attention.auto import Chooser, parse_schedule, resolve
 from hdp.attention.backends import Backend, backend_names, resolve_backend
 from hdp.attention.bound import Bound, Workspace
+from hdp.attention.bundle import Bundle, Structure, structure_of
 from hdp.attention.calls import Calls
 from hdp.attention.channel import Channel
 from hdp.attention.executor import Executor
-from hdp.attention.fuse import fuse
-from hdp.attention.layout import Layout, make_layout
+from hdp.attention.layout import parse_layout
 from hdp.attention.lower import Task, lower
 from hdp.attention.lowered import Geometry, Lowered
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_pair, lay_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,11 +182,16 @@ class LayerKey:
     dtype: torch.dtype
     mask: Mask
 
-    def geometry(self, wire_dtype: torch.dtype | None = None) -> Geometry:
+    def geometry(self, wire_dtype: torch.dtype | None = None, *, widens: bool = False) -> Geometry:
         size = self.dtype.itemsize
         wire = None if wire_dtype is None else wire_dtype.itemsize
         return Geometry(
-            heads=self.heads, head_dim=self.head_dim, model_bytes=size, sum_bytes=max(size, 4), wire_bytes=wire
+            heads=self.heads,
+            head_dim=self.head_dim,
+            model_bytes=size,
+            sum_bytes=max(size, 4),
+            wire_bytes=wire,
+            widens=widens and size < 4,
         )
 
 
@@ -209,7 +213,15 @@ class Route:
         self.calls = Calls()
         """Names of the attention calls on this route, and the order in which they ran."""
         self._programs: dict[tuple[LayerKey, bool], Bound] = {}
-        self.tokens = sum(self._layout(s).shard_tokens(s.group.index(runtime.rank)) for s in self.shards)
+        self._rows: list[int] = []
+        """First row of each shard."""
+        row = 0
+        for shard in self.shards:
+            parse_layout(shard.layout)
+            size = len(shard.group)
+            self._rows.append(row)
+            row += shard.length // size + (shard.group.index(runtime.rank) < shard.length % size)
+        self.tokens = row
         """Rows of this rank's packed tensors. A plain attribute: torch.compile cannot read a cached property."""
         self.handle = ROUTES.add(self)
         """int64 tensor of one element: how the route travels through the custom op."""
@@ -217,51 +229,41 @@ class Route:
     def program(self, key: LayerKey, backward: bool) -> Bound:
         """This rank's program of one direction, lowered on first use."""
         if (key, backward) not in self._programs:
-            runtime, wire = self.runtime, self.runtime.wire_dtype_for(key.dtype)
-            lowered = self.lowered(key, backward)
-            if runtime.backend(key.dtype).packs:
-                lowered = fuse(lowered)
-            bound = Bound(lowered, key.geometry(wire), key.dtype, runtime.workspace, wire)
-            self._programs[key, backward] = bound
+            runtime = self.runtime
+            backend, wire = runtime.backend(key.dtype), runtime.wire_dtype_for(key.dtype)
+            lowered, geometry = self.lowered(key, backward), self._geometry(key)
+            self._programs[key, backward] = Bound(lowered, geometry, key.dtype, backend, runtime.workspace, wire)
         return self._programs[key, backward]
 
     def lowered(self, key: LayerKey, backward: bool) -> Lowered:
         """The program as data, before it is bound to tensors."""
-        tasks: list[Task] = []
-        row = 0
-        for shard in self.shards:
-            tasks.append(self._task(shard, key, backward, row))
-            row += tasks[-1].layout.shard_tokens(tasks[-1].member)
         runtime = self.runtime
-        return lower(tasks, key.geometry(runtime.wire_dtype_for(key.dtype)), backward, runtime.ranks_per_node)
+        packs = runtime.backend(key.dtype).packs
+        return lower(self._tasks(key, backward), self._geometry(key), backward, runtime.ranks_per_node, packs=packs)
 
-    def _task(self, shard: RouteShard, key: LayerKey, backward: bool, row: int) -> Task:
-        names, member = self.schedules(shard, key), shard.group.index(self.runtime.rank)
-        try:
-            layout = lay_out(self._layout(shard), key.mask, names[backward])
-            pair = get_pair(*names)
-            program = (pair.backward if backward else pair.forward)(layout, key.mask, key.heads, member)
-        except ValueError as error:
-            raise ValueError(
-                f"sequence {shard.sequence}, shared by ranks {shard.group}, schedule {names[backward]!r}: {error}"
-            ) from error
-        return Task(
-            sequence=shard.sequence,
-            layout=layout,
-            group=shard.group,
-            member=member,
-            row=row,
-            program=program,
-            mask=key.mask,
-        )
+    def _geometry(self, key: LayerKey) -> Geometry:
+        runtime = self.runtime
+        backend = runtime.backend(key.dtype)
+        return key.geometry(runtime.wire_dtype_for(key.dtype), widens=backend.widens)
+
+    def _tasks(self, key: LayerKey, backward: bool) -> list[Task]:
+        """The micro-batch's sequences, those of one group, structure and schedule together."""
+        bundles: dict[tuple[tuple[int, ...], tuple[str, str], Structure], list[tuple[int, int, int]]] = {}
+        for shard, row in zip(self.shards, self._rows, strict=True):
+            size = len(shard.group)
+            names = ("local", "local") if size == 1 else self.schedules(shard, key)
+            structure = structure_of(shard.layout, shard.length, size, key.mask)
+            bundles.setdefault((shard.group, names, structure), []).append((shard.sequence, shard.length, row))
+        tasks = []
+        for (group, names, structure), members in bundles.items():
+            numbers, lengths, rows = zip(*members, strict=True)
+            member = group.index(self.runtime.rank)
+            tasks.append(Task(Bundle(structure, names[backward], group, member, numbers, lengths, rows), names))
+        return tasks
 
     def schedules(self, shard: RouteShard, key: LayerKey) -> tuple[str, str]:
         """Forward and backward schedule of one sequence, ``"auto"`` resolved. Raises ValueError if it cannot be."""
         return self.runtime.schedules(shard, key)
-
-    @staticmethod
-    def _layout(shard: RouteShard) -> Layout:
-        return make_layout(shard.layout, shard.length, len(shard.group))
 
 
 class RouteRegistry:

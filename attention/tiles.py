@@ -1,185 +1,148 @@
-"""Turns the tiles of a program into kernel calls: rectangles of the mask on rows and heads of numbered tensors."""
+"""Turns the tiles of a program into kernel calls: rectangles of the mask on nominal rows, and where their results go."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 
+from hdp.attention.gathering import INPUTS, Gathering
 from hdp.attention.layout import Layout, Ranges
-from hdp.attention.lowered import Call, Copy, Ref
+from hdp.attention.lowered import Geometry
 from hdp.attention.mask import Mask, Rectangle, decompose
-from hdp.attention.places import Place, Places
+from hdp.attention.outlined import RESULT, KernelCall, Move, added, join
+from hdp.attention.places import Place, Places, Ref, Root
 from hdp.attention.program import Heads, Kind, Tile
 
-FORWARD_KINDS = ((Kind.Q, Kind.OUT), (Kind.KV,))  # what a tile touches of its queries, of its keys
-BACKWARD_KINDS = ((Kind.Q, Kind.DO, Kind.DQ), (Kind.KV, Kind.DKV))
+SUMS = {False: ((Kind.OUT,), ()), True: ((Kind.DQ,), (Kind.DKV,))}
+"""By direction what a tile adds to for its queries, and for its keys."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One sequence, as tiles see it."""
+class Tiles:
+    """Outlines tiles one by one; ``fills`` collects rows of sums that must be emptied before the calls of a step."""
 
-    task: int
-    sequence: int
-    member: int
-    layout: Layout
-    mask: Mask
-
-
-class TileLowering:
-    """Lowers tiles one by one; ``fills`` and ``casts`` collect what must be done before the calls of a step."""
-
-    def __init__(self, places: Places, backward: bool) -> None:
-        self.places, self.backward = places, backward
+    def __init__(
+        self, layout: Layout, mask: Mask, geometry: Geometry, places: Places, gathering: Gathering, backward: bool
+    ) -> None:
+        self.layout, self.mask, self.geometry = layout, mask, geometry
+        self.places, self.gathering, self.backward = places, gathering, backward
         self.fills: list[Ref] = []
-        self.casts: list[Copy] = []
-        self._wide: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def begin_step(self) -> None:
-        self.fills, self.casts, self._wide = [], [], {}
-
-    def calls(self, setting: Setting, tile: Tile) -> list[Call]:
+    def calls(self, tile: Tile) -> list[KernelCall]:
         """The tile's kernel calls; room is made for accumulators of tokens that live elsewhere."""
-        geometry, calls = self.places.geometry, []
-        self._provide(setting, tile)
-        for heads in self._pieces(setting, tile):
-            key_heads = geometry.heads.keys_for(heads)
-            query_runs = self._runs(setting, tile.queries, heads, is_query=True)
-            key_runs = self._runs(setting, tile.keys, key_heads, is_query=False)
+        self._provide(tile)
+        calls = []
+        query_kinds, key_kinds = INPUTS[self.backward]
+        for heads in self._head_pieces(tile):
+            key_heads = self.geometry.heads.keys_for(heads)
+            query_runs = self._runs(query_kinds, tile.queries, heads)
+            key_runs = self._runs(key_kinds, tile.keys, key_heads)
             for queries, keys in itertools.product(query_runs, key_runs):
-                for rectangle in decompose(setting.mask, queries.ranges, keys.ranges):
+                for rectangle in decompose(self.mask, queries.ranges, keys.ranges):
                     calls.append(self._call(rectangle, queries, keys, heads, key_heads))
         return calls
 
-    def _provide(self, setting: Setting, tile: Tile) -> None:
-        key_heads = self.places.geometry.heads.keys_for(tile.heads)
-        kinds = self._kinds()
-        for chunks, heads, used in ((tile.queries, tile.heads, kinds[0]), (tile.keys, key_heads, kinds[1])):
-            for kind in (k for k in used if k.is_accumulator):
-                absent: dict[Heads, list[tuple[int, int]]] = {}
-                for chunk in self._as_they_lie(setting, used[0], chunks, heads):
-                    for gap in self.places.gaps(setting.task, kind, chunk, heads):
-                        absent.setdefault(gap, []).append((chunk, setting.layout.tokens(chunk)))
-                for gap, some in absent.items():
-                    place = self.places.new(kind, sum(tokens for _, tokens in some), gap)
-                    self.places.spread(setting.task, kind, some, place)
-
-    def _as_they_lie(self, setting: Setting, kind: Kind, chunks: tuple[int, ...], heads: Heads) -> list[int]:
-        """Chunks in the order of their inputs, so that sums lie like them and a call can span several chunks."""
-
-        def place(chunk: int) -> tuple[int, int]:
-            pieces = self.places.pieces(setting.task, kind, chunk, heads)
-            return (pieces[0].tensors[0], pieces[0].row) if pieces else (-1, 0)
-
-        return sorted(chunks, key=place)
-
-    def _kinds(self) -> tuple[tuple[Kind, ...], tuple[Kind, ...]]:
-        return BACKWARD_KINDS if self.backward else FORWARD_KINDS
-
-    def _pieces(self, setting: Setting, tile: Tile) -> list[Heads]:
+    def _head_pieces(self, tile: Tile) -> list[Heads]:
         """The tile's query heads, cut so that each piece reads whole groups or lies inside one, and nothing it touches
         lies in two places."""
-        group, (start, stop) = self.places.geometry.heads.group, tile.heads
-        key_heads = self.places.geometry.heads.keys_for(tile.heads)
+        group, (start, stop) = self.geometry.heads.group, tile.heads
+        key_heads = self.geometry.heads.keys_for(tile.heads)
         cuts = {start, stop, -(-start // group) * group, stop // group * group}
-        kinds = self._kinds()
-        for chunks, heads, used, factor in (
-            (tile.queries, tile.heads, kinds[0], 1),
-            (tile.keys, key_heads, kinds[1], group),
-        ):
-            for kind, chunk in itertools.product(used, chunks):
-                for place in self.places.pieces(setting.task, kind, chunk, heads):
+        sides = zip((tile.queries, tile.keys), (tile.heads, key_heads), (1, group), INPUTS[self.backward], strict=True)
+        for (chunks, heads, factor, inputs), sums in zip(sides, SUMS[self.backward], strict=True):
+            for kind, chunk in itertools.product((*inputs, *sums), chunks):
+                for place in self.places.pieces(kind, chunk, heads):
                     cuts |= {place.heads[0] * factor, place.heads[1] * factor}
         return list(itertools.pairwise(sorted(c for c in cuts if start <= c <= stop)))
 
-    def _runs(self, setting: Setting, chunks: tuple[int, ...], heads: Heads, is_query: bool) -> list[_Run]:
-        """Groups of chunks that lie one after the other in every tensor that a call touches, whatever lies between them in
-        the sequence: a zigzag's two chunks of one member came in one message."""
-        kinds = self._kinds()[0 if is_query else 1]
+    def _provide(self, tile: Tile) -> None:
+        """Room for sums for other members' tokens: those of one owner lie together, since they go home together."""
+        key_heads = self.geometry.heads.keys_for(tile.heads)
+        for kinds, chunks, heads in zip(
+            SUMS[self.backward], (tile.queries, tile.keys), (tile.heads, key_heads), strict=True
+        ):
+            for kind in kinds:
+                absent: dict[tuple[int, Heads], list[int]] = {}
+                for chunk in self.places.in_order(chunks):
+                    for gap in self.places.gaps(kind, chunk, heads):
+                        absent.setdefault((self.layout.owners[chunk], gap), []).append(chunk)
+                for (owner, gap), some in absent.items():
+                    root: Root = ("sum", self.places.step, owner)
+                    tensors = self.places.room(kind, tuple(some), gap, root)
+                    places = self.places.spread(tensors, some, gap, gap[0], gap[1] - gap[0])
+                    for chunk, place in zip(some, places, strict=True):
+                        self.places.hold(kind, chunk, place)
+
+    def _runs(self, kinds: Sequence[Kind], chunks: Iterable[int], heads: Heads) -> list[_Run]:
+        """Groups of chunks that lie one after the other in every tensor that a call reads, whatever lies between them in
+        the sequence."""
         runs: list[_Run] = []
         ends: dict[tuple[tuple[int, ...], ...], _Run] = {}  # by the row behind it in every tensor
-        for chunk in chunks:
-            ranges = tuple(r for r in setting.layout.chunks[chunk] if r[0] < r[1])
+        chunks = self.places.in_order(chunks)
+        lying: dict[Kind, list[Place]] = {}
+        for kind in kinds:
+            found = self.gathering.lying(kind, chunks, heads)
+            if found is None:
+                raise self.places.missing(kind, chunks[0], heads)
+            lying[kind] = found
+        for number, chunk in enumerate(chunks):
+            ranges = tuple(r for r in self.layout.chunks[chunk] if r[0] < r[1])
             if not ranges:
                 continue
-            places = tuple(self._need(setting, kind, chunk, heads) for kind in kinds)
+            places = [lying[kind][number] for kind in kinds]
             run = ends.pop(tuple((*p.tensors, p.row, p.base) for p in places), None)
             if run is None or run.ranges[-1][1] > ranges[0][0]:  # stripes of several members interleave
-                run = _Run(kinds, places, ranges)
+                run = _Run(tuple(places), ranges, [chunk])
                 runs.append(run)
             else:
-                run.extend(ranges)
+                run.extend(ranges, chunk)
             ends[tuple((*p.tensors, p.row + p.rows, p.base) for p in places)] = run
         return runs
 
-    def _need(self, setting: Setting, kind: Kind, chunk: int, heads: Heads) -> Place:
-        pieces = self.places.pieces(setting.task, kind, chunk, heads)
-        if len(pieces) != 1 or pieces[0].heads != heads:
-            raise missing(setting.sequence, self.places.step, setting.member, kind, chunk, heads)
-        return self._widened(pieces[0]) if pieces[0].is_wire else pieces[0]
-
-    def _widened(self, place: Place) -> Place:
-        """A copy in the model's dtype of all that lies in the place's tensors, for this step."""
-        if place.tensors not in self._wide:
-            twins = []
-            for tensor in place.tensors:
-                self.places.touch(tensor)
-                draft = self.places.drafts[tensor - len(self.places.externals)]
-                twin = self.places.buffer(draft.rows, draft.heads, draft.has_dim, "model")
-                self.casts.append((Ref(tensor, 0, draft.rows), Ref(twin, 0, draft.rows)))
-                twins.append(twin)
-            self._wide[place.tensors] = tuple(twins)
-        return replace(place, tensors=self._wide[place.tensors], is_wire=False)
-
-    def _call(self, r: Rectangle, queries: _Run, keys: _Run, heads: Heads, key_heads: Heads) -> Call:
+    def _call(self, r: Rectangle, queries: _Run, keys: _Run, heads: Heads, key_heads: Heads) -> KernelCall:
         rows, columns = (r.row_start, r.row_stop), (r.key_start, r.key_stop)
-        cost = r.area * (heads[1] - heads[0])
 
-        def of(run: _Run, kind: Kind, component: int, span: tuple[int, int], h: Heads) -> Ref:
-            place = run.place(kind)
-            return self.places.ref(place, component, place.row + span[0], place.row + span[1], h)
+        def of(run: _Run, number: int, component: int, span: tuple[int, int], some: Heads) -> Ref:
+            place = run.places[number]
+            return self.places.ref(place, component, place.row + span[0], place.row + span[1], some)
 
-        def claim(run: _Run, kind: Kind, span: tuple[int, int], h: Heads) -> bool:
-            place = run.place(kind)
-            return self.places.claim(place, place.row + span[0], place.row + span[1], h, self.fills)
-
-        inputs = [of(queries, Kind.Q, 0, rows, heads), *(of(keys, Kind.KV, c, columns, key_heads) for c in (0, 1))]
+        inputs = [of(queries, 0, 0, rows, heads), *(of(keys, 0, c, columns, key_heads) for c in (0, 1))]
         if not self.backward:
-            first = claim(queries, Kind.OUT, rows, heads)
-            sums = tuple(of(queries, Kind.OUT, c, rows, heads) for c in (0, 1))
-            return Call(shape=r.shape, inputs=tuple(inputs), sums=sums, first=(first,), cost=cost)
-        inputs += [of(queries, Kind.DO, c, rows, heads) for c in (0, 1)]
-        own = queries.place(Kind.DO)
-        has_out = own.tensors[0] == self.places.external("do")
-        if has_out:
-            inputs.append(replace(inputs[-1], tensor=self.places.external("out")))
+            results = self._results(queries, rows, heads, Kind.OUT, 0)
         else:
-            inputs.append(of(queries, Kind.DO, 2, rows, heads))
-        firsts = (claim(queries, Kind.DQ, rows, heads), claim(keys, Kind.DKV, columns, key_heads))
-        sums = (of(queries, Kind.DQ, 0, rows, heads), *(of(keys, Kind.DKV, c, columns, key_heads) for c in (0, 1)))
-        return Call(shape=r.shape, inputs=tuple(inputs), sums=sums, first=firsts, has_out=has_out, cost=cost)
+            inputs += [of(queries, 1, c, rows, heads) for c in (0, 1, 2)]
+            results = self._results(queries, rows, heads, Kind.DQ, 0)
+            results += self._results(keys, columns, key_heads, Kind.DKV, 1)
+        return KernelCall(r.shape, tuple(inputs), heads[1] - heads[0], tuple(results))
+
+    def _results(self, run: _Run, span: tuple[int, int], heads: Heads, kind: Kind, first_result: int) -> list[Move]:
+        """What a call returns for the rows ``span`` of a run goes to where each chunk's sum lies."""
+        moves: list[Move] = []
+        begin = 0
+        for chunk in run.chunks:
+            end = begin + self.layout.tokens(chunk)
+            low, high = max(begin, span[0]), min(end, span[1])
+            if low < high:
+                (place,) = self.places.whole(kind, chunk, heads)
+                start, stop = place.row + low - begin, place.row + high - begin
+                first = self.places.claim(place, start, stop, heads, self.fills)
+                parts = range(len(place.tensors))
+                sources = tuple(Ref(RESULT - first_result - c, low - span[0], high - span[0]) for c in parts)
+                targets = tuple(self.places.ref(place, c, start, stop, heads) for c in parts)
+                moves += added(sources, targets, first, is_partial=not self.backward)
+            begin = end
+        return join(moves)
 
 
 class _Run:
-    """Chunks that lie together: the place of the first in each kind's tensors, and all their token ranges, ascending."""
+    """Chunks that lie together: the place of the first for each kind, and all their nominal token ranges, ascending."""
 
-    def __init__(self, kinds: tuple[Kind, ...], places: tuple[Place, ...], ranges: Ranges) -> None:
-        self.kinds, self.first, self.ranges = kinds, places, ranges
+    def __init__(self, places: tuple[Place, ...], ranges: Ranges, chunks: list[int]) -> None:
+        self.places, self.ranges, self.chunks = places, ranges, chunks
 
-    def extend(self, ranges: Ranges) -> None:
+    def extend(self, ranges: Ranges, chunk: int) -> None:
+        self.chunks.append(chunk)
         if self.ranges[-1][1] == ranges[0][0]:
             joined = (self.ranges[-1][0], ranges[0][1])
             self.ranges = (*self.ranges[:-1], joined, *ranges[1:])
         else:
             self.ranges = (*self.ranges, *ranges)
-
-    def place(self, kind: Kind) -> Place:
-        return self.first[self.kinds.index(kind)]
-
-
-def missing(sequence: int, step: int, member: int, kind: Kind, chunk: int, heads: Heads) -> ValueError:
-    """What the checker finds first in any program that it has seen."""
-    return ValueError(
-        f"sequence {sequence}, step {step}: member {member} has no {kind.name} of chunk {chunk},"
-        f" heads {heads[0]}..{heads[1] - 1}; the checker would have refused this program"
-    )

@@ -1,9 +1,10 @@
 """What attention programs cost the host besides computing and sending: a fixed time for each call and each message.
 
 A ring of ``n`` ranks computes one tile of each shared sequence in each of its ``n`` steps, in each direction; a whole sequence
-is one tile a direction. Each block that travels is two tensors, keys and values or their gradients, and a member sends and
-receives both: four messages a hop. Forward makes ``n - 1`` hops; backward ``n - 2`` with keys and values and ``n - 1`` with
-their gradients. On GPUs this is microseconds and kernels hide it; on CPUs it is most of what sharing a short sequence costs.
+is one tile a direction. Each block that travels, keys and values or their gradients, is one message, and a member sends one
+and receives one: two messages a hop. Sequences of one micro-batch that share their ranks share them. Forward makes ``n - 1``
+hops; backward ``n - 2`` with keys and values and ``n - 1`` with their gradients. On GPUs this is microseconds and kernels hide
+it; on CPUs it is much of what sharing a short sequence costs.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from hdp.balance.plan import PlanError
 
 
 def ring_messages(size: int, backward: bool) -> int:
-    """Tensors that one member of a ring sends and receives in one pass of one layer, per sequence."""
+    """Messages that one member of a ring sends and receives in one pass of one layer."""
     if size < 2:
         return 0
-    return 4 * ((size - 1) + (size - 2 if backward else 0))
+    return 2 * ((size - 1) + (size - 2 if backward else 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,11 @@ class HostCosts:
     piece_seconds: float = 0.0
     """Of each tile of each sequence, in each layer and direction, beyond what its tokens cost."""
     message_seconds: float = 0.0
-    """Of each tensor sent or received, in each layer."""
+    """Of each message sent or received, in each layer, that one sequence more takes."""
     piece_setup: float = 0.0
     """Of each tile, once a micro-batch and direction: programs are made once and serve all layers."""
     message_setup: float = 0.0
-    """Of each tensor sent or received, once a micro-batch and direction."""
+    """The same once a micro-batch and direction."""
     gather_byte: float = 0.0
     """Of each byte that an all-gather yields, taken from what is computed beside it."""
     reduce_byte: float = 0.0

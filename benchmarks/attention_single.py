@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hdp.attention import AttentionRuntime, Route, RouteShard, attend
 from hdp.attention.backends import Scoring
-from hdp.attention.backends.protocol import Backend, Cuts
+from hdp.attention.backends.cpu import CpuBackend
+from hdp.attention.backends.protocol import Cuts
 from hdp.attention.executor import Executor
 from hdp.attention.mask import Mask, Shape
 from hdp.attention.program import HeadCount
@@ -26,35 +27,20 @@ from hdp.attention.route import LayerKey
 CPU = torch.device("cpu")
 
 
-class NullBackend(Backend):
-    """Computes nothing."""
-
-    name = "null"
-    kernel = "nothing"
-    dtypes = (torch.float32,)
+class NullBackend(CpuBackend):
+    """Takes what the CPU's backend takes, and computes nothing."""
 
     def __init__(self, rows: int, heads: int, dim: int) -> None:
-        self.out, self.lse = torch.zeros(rows, heads, dim), torch.zeros(rows, heads)
+        self.out, self.lse = torch.zeros(1, heads, rows, dim), torch.zeros(1, heads, rows)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, shape: Shape, scoring: Scoring, cuts: Cuts | None = None
-    ) -> tuple[Tensor, Tensor]:
-        return self.out[: len(q)], self.lse[: len(q)]
-
-    def backward(
-        self,
-        do: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        lse: Tensor,
-        out: Tensor | None,
-        delta: Tensor | None,
-        shape: Shape,
-        scoring: Scoring,
-        cuts: Cuts | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return self.out[: len(q)], self.out[: len(k)], self.out[: len(k)]
+    def launch(
+        self, inputs: Sequence[Sequence[Tensor]], shape: Shape, scoring: Scoring, cuts: Sequence[Cuts | None]
+    ) -> list[Tensor]:
+        results: list[Tensor] = []
+        for q, k, _, *rest in zip(*inputs, strict=True):
+            of_queries, of_keys = self.out[:, :, : q.shape[2]], self.out[:, :, : k.shape[2]]
+            results += (of_queries, of_keys, of_keys) if rest else (of_queries, self.lse[:, :, : q.shape[2]])
+        return results
 
 
 def step_microseconds(schedule: str, size: int) -> dict[str, float]:

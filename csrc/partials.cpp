@@ -15,19 +15,13 @@
 #include <limits>
 #include <stdexcept>
 
+#include "partials.h"
+
 namespace py = pybind11;
 
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-  operator float() const {
-    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, sizeof value);
-    return value;
-  }
-};
+using hdp::BFloat16;
 
 struct Shape {
   int64_t rows, heads, dim;
@@ -42,32 +36,13 @@ void check(const Shape& shape) {
   if (shape.rows < 0 || shape.heads < 0 || shape.dim < 0) throw std::invalid_argument("partials: negative shape");
 }
 
-// A row that no key has reached yet has lse = -inf; it takes the partial as it is. Both sides are weighed: out -= w * (out -
-// partial) would leave the rounding of a large partial behind even where it weighs nothing.
 template <typename Partial>
 void merge_rows(float* out, Strides out_at, float* lse, Strides lse_at, const Partial* partial, Strides partial_at,
                 const float* partial_lse, Strides partial_lse_at, Shape shape) {
-  constexpr float kEmpty = -std::numeric_limits<float>::infinity();
-  for (int64_t row = 0; row < shape.rows; ++row) {
-    for (int64_t head = 0; head < shape.heads; ++head) {
-      float& old_lse = lse[lse_at.at(row, head)];
-      const float new_lse = partial_lse[partial_lse_at.at(row, head)];
-      if (new_lse == kEmpty) continue;
-      float* o = out + out_at.at(row, head);
-      const Partial* p = partial + partial_at.at(row, head);
-      if (old_lse == kEmpty) {
-        for (int64_t i = 0; i < shape.dim; ++i) o[i] = static_cast<float>(p[i]);
-        old_lse = new_lse;
-        continue;
-      }
-      const float difference = new_lse - old_lse;
-      const float small = std::exp(-std::fabs(difference));  // never overflows
-      const float more = 1.0f / (1.0f + small), less = small / (1.0f + small);
-      const float old_weight = difference > 0 ? less : more, new_weight = difference > 0 ? more : less;
-      for (int64_t i = 0; i < shape.dim; ++i) o[i] = old_weight * o[i] + new_weight * static_cast<float>(p[i]);
-      old_lse = std::fmax(old_lse, new_lse) + std::log1p(small);
-    }
-  }
+  for (int64_t row = 0; row < shape.rows; ++row)
+    for (int64_t head = 0; head < shape.heads; ++head)
+      hdp::merge_row(out + out_at.at(row, head), lse[lse_at.at(row, head)], partial + partial_at.at(row, head),
+                     partial_lse[partial_lse_at.at(row, head)], shape.dim);
 }
 
 // In double, where products of floats are exact and their sums neither overflow nor underflow.
@@ -91,38 +66,6 @@ void delta_rows(float* delta, Strides delta_at, const Model* grad, Strides grad_
   for (int64_t row = 0; row < shape.rows; ++row)
     for (int64_t head = 0; head < shape.heads; ++head)
       delta[delta_at.at(row, head)] = dot(grad + grad_at.at(row, head), out + out_at.at(row, head), shape.dim);
-}
-
-// Magnitudes of floats are in the order of their bits, and a NaN is above all of them.
-int32_t magnitude(float value) {
-  int32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits & 0x7fffffff;
-}
-
-int64_t largest(const float* values, int64_t dim) {
-  int32_t most = -1;
-  for (int64_t i = 0; i < dim; ++i) most = std::max(most, magnitude(values[i]));
-  int64_t at = 0;
-  while (magnitude(values[at]) != most) ++at;
-  return at;
-}
-
-void out_with_delta_row(float* out, const float* grad, float delta, int64_t dim) {
-  std::fill_n(out, dim, 0.0f);
-  if (delta == 0 || dim == 0) return;
-  const int64_t at = largest(grad, dim);
-  const float alone = delta / grad[at];
-  // What is not finite must be seen in the result; 0 * inf is NaN as well.
-  if (std::isfinite(alone) || !std::isfinite(delta) || grad[at] == 0) {
-    out[at] = alone;
-    return;
-  }
-  double sum = 0;
-  for (int64_t i = 0; i < dim; ++i) sum += std::fabs(static_cast<double>(grad[i]));
-  const double each = std::min<double>(std::fabs(delta / sum), std::numeric_limits<float>::max());
-  for (int64_t i = 0; i < dim; ++i)
-    out[i] = std::signbit(grad[i]) == std::signbit(delta) ? static_cast<float>(each) : -static_cast<float>(each);
 }
 
 // Whether every number is finite and none is 0.
@@ -175,7 +118,7 @@ void out_with_delta(uintptr_t out, int64_t out_row, int64_t out_head, uintptr_t 
   py::gil_scoped_release release;
   for (int64_t row = 0; row < rows; ++row)
     for (int64_t head = 0; head < heads; ++head)
-      out_with_delta_row(pointer<float>(out) + out_at.at(row, head), pointer<const float>(grad) + grad_at.at(row, head),
+      hdp::out_with_delta_row(pointer<float>(out) + out_at.at(row, head), pointer<const float>(grad) + grad_at.at(row, head),
                          pointer<const float>(delta)[delta_at.at(row, head)], dim);
 }
 

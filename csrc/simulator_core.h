@@ -218,7 +218,7 @@ inline Message Simulator::ring_message(i64 x, i64 member, i64 round) const {
 }
 
 // Host time of one round in all layers: each sequence has tiles and messages of its own, however they are packed. A block of a
-// ring is two tensors, which a member sends and receives: four messages a hop. Backward, steps [0, size - 2) pass on keys
+// ring is one message, and a member sends one and receives one: two messages a hop. Backward, steps [0, size - 2) pass on keys
 // and values, steps [1, size) gradients.
 inline Host Simulator::host_ticks(i64 x, i64 member, i64 round) const {
   if (in_.piece_ticks == 0 && in_.message_ticks == 0) return {0, 0};
@@ -230,7 +230,7 @@ inline Host Simulator::host_ticks(i64 x, i64 member, i64 round) const {
       return std::max(std::min(steps.last, to) - std::max(steps.first, from), i64{0});
     };
     pieces = steps.last - steps.first;
-    messages = 4 * (in_.kind[x] == kRingForward ? inside(0, n - 1) : inside(0, n - 2) + inside(1, n));
+    messages = 2 * (in_.kind[x] == kRingForward ? inside(0, n - 1) : inside(0, n - 2) + inside(1, n));
   } else {
     const Table& table = in_.tables[in_.kind[x] - kTables];
     pieces = table.pieces[member * table.rounds + round];

@@ -2,7 +2,8 @@
 
 A lane is one world-wide process group, created and warmed up once; no group is ever made for a sequence. On gloo large
 tensors are cut into pieces of about 1 MB, because one large send and one large receive posted together use a link in turn
-(0.44 against 0.88 of its rate each way, measured at 1 Gbit/s); on NCCL each round is one grouped call per lane.
+(0.44 against 0.88 of its rate each way, measured at 1 Gbit/s); on NCCL each round is one grouped call per lane, or several of
+at most 256 operations (``hdp.attention.messages.in_calls``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from hdp.attention.calls import RunningCall
 from hdp.attention.channel import Parcel
 from hdp.attention.lowered import Packet
+from hdp.attention.messages import in_calls
 from hdp.parallel.errors import PeerError
 
 PIECE_BYTES = 1 << 20
@@ -104,22 +106,24 @@ class TorchChannel:
         for number, lane in enumerate(self.lanes):
             mine = [(p, t, True) for p, t in sends if p.lane == number]
             mine += [(p, t, False) for p, t in receives if p.lane == number]
-            if not mine:
-                continue
-            operations = [
-                dist.P2POp(dist.isend if is_send else dist.irecv, tensor, group=lane, group_peer=packet.peer)
-                for packet, tensor, is_send in mine
-            ]
-            works = dist.batch_isend_irecv(operations)
-            if len(works) == len(
-                mine
-            ):  # a backend that does not coalesce: each operation is waited for once, by its own
-                for (packet, _, is_send), work in zip(mine, works, strict=True):
-                    group = ticket.sends if is_send else ticket.late if packet.late else ticket.receives
-                    group.append((packet, work))
-            else:
-                _share_work(ticket, mine, works)
+            for places in in_calls([packet.peer for packet, _, _ in mine], self.rank, lane.size()):
+                self._post_call(ticket, lane, [mine[place] for place in places])
         return ticket
+
+    @staticmethod
+    def _post_call(ticket: Ticket, lane: dist.ProcessGroup, mine: Sequence[tuple[Packet, Tensor, bool]]) -> None:
+        """One grouped call."""
+        operations = [
+            dist.P2POp(dist.isend if is_send else dist.irecv, tensor, group=lane, group_peer=packet.peer)
+            for packet, tensor, is_send in mine
+        ]
+        works = dist.batch_isend_irecv(operations)
+        if len(works) < len(mine):
+            _share_work(ticket, mine, works)
+            return
+        for (packet, _, is_send), work in zip(mine, works, strict=True):  # a backend that does not coalesce
+            group = ticket.sends if is_send else ticket.late if packet.late else ticket.receives
+            group.append((packet, work))
 
     def has_received(self, ticket: Ticket) -> bool:
         """Gloo only knows by waiting, so a thread waits for the tickets that were asked about."""

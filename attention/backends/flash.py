@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hdp.attention.backends.protocol import Backend, Cuts, Scoring
-from hdp.attention.delta import out_with_delta
 from hdp.attention.mask import Shape
 
 
@@ -86,15 +85,11 @@ class VarlenBackend(Backend):
         k: Tensor,
         v: Tensor,
         lse: Tensor,
-        out: Tensor | None,
-        delta: Tensor | None,
+        out: Tensor,
         shape: Shape,
         scoring: Scoring,
         cuts: Cuts | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if out is None:
-            assert delta is not None
-            out = out_with_delta(do, delta)
         variant = self._variant(q, k, shape, scoring, cuts)
         return self._kernel.backward(do, q, k, v, out, lse.transpose(0, 1).contiguous(), variant)
 

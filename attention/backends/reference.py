@@ -39,22 +39,18 @@ class ReferenceBackend(Backend):
         k: Tensor,
         v: Tensor,
         lse: Tensor,
-        out: Tensor | None,
-        delta: Tensor | None,
+        out: Tensor,
         shape: Shape,
         scoring: Scoring,
         cuts: Cuts | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if delta is None:
-            assert out is not None
-            delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         if cuts is not None:
             grads = [
-                self.backward(do[a], q[a], k[b], v[b], lse[a], None, delta[a], shape, scoring)
-                for a, b in _rectangles(cuts)
+                self.backward(do[a], q[a], k[b], v[b], lse[a], out[a], shape, scoring) for a, b in _rectangles(cuts)
             ]
             dq, dk, dv = (torch.cat(parts) for parts in zip(*grads, strict=True))
             return dq, dk, dv
+        delta = (do.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         scores, wide_k, wide_v, slope = self._scores(q, k, v, shape, scoring)
         wide_do, wide_q = do.to(scores.dtype), q.to(scores.dtype)
         probabilities = torch.exp(scores - lse.transpose(0, 1).unsqueeze(-1))

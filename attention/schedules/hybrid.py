@@ -73,8 +73,7 @@ class _Node:
     def kept(self) -> tuple[Value, ...]:
         values = []
         node = self.member - self.member % self.degree
-        for offset in range(1, self.degree):
-            source = node + (self.member - offset) % self.degree
+        for source in range(node, node + self.degree) if self.degree > 1 else ():
             received = self._deal((Kind.Q, Kind.KV), owner=source, holder=self.member, peer=source)
             values += [Value(kind=t.kind, chunks=t.chunks, heads=t.heads) for t in received]
         return (*values, *self.ring.kept())

@@ -86,7 +86,7 @@ class Ring:
             for way in WAYS:
                 chunks = tuple(c for c in self._chunks(hop, way) if self._reach(c, way)[1] == hop)
                 if chunks and self.keys[0] < self.keys[1]:
-                    values.append(Value(kind=Kind.KV, chunks=chunks, heads=self.keys))
+                    values.append(Value(kind=Kind.KV, chunks=chunks, heads=self.keys, block=hop * way))
         return tuple(values)
 
     def _tiles(self, hop: int) -> tuple[Tile, ...]:

@@ -95,8 +95,9 @@ class _Part:
     def kept(self) -> tuple[Value, ...]:
         values = []
         for slice_ in range(self.slices if self.size > 1 else 0):
-            for offset in range(1, self.size):
-                source = (self.member - offset) % self.size
+            for source in range(
+                self.size
+            ):  # this member's own tokens too: a tile reads them in one piece with the others'
                 received = self._deal(slice_, (Kind.Q, Kind.KV), owner=source, holder=self.member, peer=source)
                 values += [Value(kind=t.kind, chunks=t.chunks, heads=t.heads) for t in received]
         return tuple(values)

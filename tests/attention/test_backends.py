@@ -18,6 +18,7 @@ from hdp.attention import backends
 from hdp.attention.backends import Scoring, backend_names, flash, resolve_backend
 from hdp.attention.backends.protocol import Backend
 from hdp.attention.backends.reference import ReferenceBackend
+from hdp.attention.delta import out_with_delta
 from hdp.attention.mask import Mask, Shape
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -45,10 +46,10 @@ def test_a_rectangle(name: str, shape: Shape, use_delta: bool) -> None:
     torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(lse.double(), want_lse, rtol=1e-5, atol=1e-6)
     whole_lse, whole_out = want_lse + 0.7, want * 0.5  # as if other keys had been seen as well
-    delta = (wide[3] * whole_out).sum(-1)
-    wants = EXACT.backward(wide[3], *wide[:3], whole_lse, None, delta, shape, scoring)
-    given = (None, delta.float()) if use_delta else (whole_out.float(), None)
-    grads = backend.backward(do, q, k, v, whole_lse.float(), *given, shape, scoring)
+    wants = EXACT.backward(wide[3], *wide[:3], whole_lse, whole_out, shape, scoring)
+    delta = (wide[3] * whole_out).sum(-1).float()
+    given = out_with_delta(do, delta) if use_delta else whole_out.float()
+    grads = backend.backward(do, q, k, v, whole_lse.float(), given, shape, scoring)
     for grad, exact in zip(grads, wants, strict=True):
         torch.testing.assert_close(grad.double(), exact, rtol=2e-5, atol=2e-6)
 
@@ -62,7 +63,7 @@ def test_the_reference_is_autograd() -> None:
     q, k, v = (t.detach() for t in leaves)
     out, lse = EXACT.forward(q, k, v, Shape.CAUSAL, scoring)
     torch.testing.assert_close(out, want.detach())
-    for mine, theirs in zip(EXACT.backward(do, q, k, v, lse, out, None, Shape.CAUSAL, scoring), grads, strict=True):
+    for mine, theirs in zip(EXACT.backward(do, q, k, v, lse, out, Shape.CAUSAL, scoring), grads, strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -153,7 +154,7 @@ def _forward(q, k, v, cuts, causal, left, right, scoring):
 def _backward(do, q, k, v, out, lse, cuts, causal, left, right, scoring):
     assert lse.shape == (q.shape[1], q.shape[0]) and lse.is_contiguous() and lse.dtype == torch.float32
     shape = _shape(causal, left, right)
-    grads = EXACT.backward(do, q, k, v, lse.transpose(0, 1), out, None, shape, scoring, cuts)
+    grads = EXACT.backward(do, q, k, v, lse.transpose(0, 1), out, shape, scoring, cuts)
     return [g.to(q.dtype) for g in grads]
 
 
@@ -392,7 +393,7 @@ def test_torch_varlen_without_determinism_says_so(deterministic: None) -> None:
     q, k, v, do = tensors(4, 4, 2, 2, torch.bfloat16)
     out, lse = backend.forward(q, k, v, Shape.CAUSAL, Scoring(1.0))
     with pytest.raises(ValueError, match="no deterministic backward"):
-        backend.backward(do, q, k, v, lse, out, None, Shape.CAUSAL, Scoring(1.0))
+        backend.backward(do, q, k, v, lse, out, Shape.CAUSAL, Scoring(1.0))
 
 
 def test_packages_of_another_version_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

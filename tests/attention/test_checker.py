@@ -17,6 +17,7 @@ from hdp.attention.counts import Count, Sizes, count
 from hdp.attention.exchange import Message, SharedSequence, check_exchange, program_rounds
 from hdp.attention.layout import Layout, make_layout
 from hdp.attention.mask import Mask
+from hdp.attention.messages import MOST_OPERATIONS, in_calls
 from hdp.attention.program import HeadCount, Kind, RankProgram, Step, Tile, Transfer, Value
 from hdp.attention.schedules import get_pair, get_schedule
 
@@ -422,3 +423,47 @@ def test_buffers_of_a_small_ring_by_hand() -> None:
     backward = counts("ring", layout, True, Mask(causal=False))[0]
     # kept block, next block, its sum; next block, its sum, what arrives for it, what leaves; own sum arrives, one leaves
     assert [s.buffer_bytes for s in backward.steps] == [2 * block + sums, block + 3 * sums, 2 * sums]
+
+
+def split_calls(rounds: dict[int, list[list[Message]]]) -> dict[int, list[list[Message]]]:
+    """Each round in the grouped calls in which a channel posts it."""
+    world = len(rounds)
+    return {
+        rank: [[c[i] for i in places] for c in calls for places in in_calls([m.peer for m in c], rank, world)]
+        for rank, calls in rounds.items()
+    }
+
+
+@pytest.mark.parametrize(("world", "rounds"), [(16, 3), (400, 2)])
+def test_rounds_of_many_operations_are_several_calls_in_one_order(world: int, rounds: int) -> None:
+    """All-to-all of inputs and sums, every round: no call is too large, and none waits for another in a circle."""
+    tags = ("inputs", "sums")
+    whole = {
+        rank: [
+            [
+                Message(peer=peer, is_send=is_send, tag=(number, tag))
+                for peer in range(world)
+                for is_send in (True, False)
+                for tag in tags
+                if peer != rank
+            ]
+            for number in range(rounds)
+        ]
+        for rank in range(world)
+    }
+    split = split_calls(whole)
+    assert max(len(call) for calls in split.values() for call in calls) <= MOST_OPERATIONS
+    assert (len(split[0]) == rounds) == (world == 16)
+    check_exchange(split)
+
+
+def test_groups_far_and_near_meet_in_the_same_calls() -> None:
+    """Ranks that skip the calls of some distances, in rounds of their own number."""
+    world, draw = 300, random.Random(3)
+    whole: dict[int, list[list[Message]]] = {rank: [[] for _ in range(4)] for rank in range(world)}
+    for _ in range(900):
+        a, b = draw.sample(range(world), 2)
+        number = draw.randrange(4)
+        whole[a][number].append(Message(peer=b, is_send=True, tag=number))
+        whole[b][number].append(Message(peer=a, is_send=False, tag=number))
+    check_exchange(split_calls(whole))

@@ -9,12 +9,12 @@ import torch
 from harness import IMPATIENCE, IN_VAIN, Ranks
 
 import hdp
-from hdp.attention.lowered import Packet, Ref
+from hdp.attention.lowered import Packet
 from hdp.parallel.channel import PIECE_BYTES, Ticket, TorchChannel, _tag, first_line
 
 
 def packet(peer: int, lane: int, what: str = "k", late: bool = False) -> Packet:
-    return Packet(ref=Ref(0, 0, 1), peer=peer, lane=lane, sequence=5, what=what, late=late)
+    return Packet(peer=peer, lane=lane, sequence=5, what=what, late=late)
 
 
 def content(sender: int, lane: int, elements: int) -> torch.Tensor:
@@ -76,6 +76,9 @@ class Coalescing:
 
     def name(self) -> str:
         return "nccl"
+
+    def size(self) -> int:
+        return 2
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,3 @@
+import numpy as np
+
+def run(tensors: np.ndarray, more: np.ndarray, moves: np.ndarray, first: int, last: int, dim: int) -> None: ...
