@@ -12,6 +12,7 @@ from virtual import CPU, Sequence_, attend_together, make_data
 
 from hdp.attention import AttentionRuntime, Route, RouteShard
 from hdp.attention.auto import Chooser
+from hdp.attention.bound import Binding
 from hdp.attention.bundle import Bundle, structure_of
 from hdp.attention.channel import VirtualNetwork
 from hdp.attention.choose import Links
@@ -125,6 +126,27 @@ def test_any_order_of_delivery_gives_the_same_bits() -> None:
         for other in runs[1:]:
             for a, b in zip(getattr(runs[0], name), getattr(other, name), strict=True):
                 assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["ring", "token_ring", "ulysses:2", "all_gather", "hybrid:2"])
+def test_moves_run_by_torch_do_as_those_in_cpp(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs on other devices than CPUs: the same values, move by move."""
+    mask, heads = Mask(), HEADS["gqa3"]
+    sequences = mixed(name, random.Random(4), 4, "zigzag")
+    data = make_data([s.length for s in sequences], heads, HEAD_DIM, mask, SCORING, torch.bfloat16, seed=1)
+    fused = attend_together(sequences, data, mask, SCORING, dtype, backend="reference")
+    made = Binding.__init__
+
+    def elsewhere(self: Binding, *arguments: Any) -> None:
+        made(self, *arguments)
+        self.is_on_cpu = False
+
+    monkeypatch.setattr(Binding, "__init__", elsewhere)
+    plain = attend_together(sequences, data, mask, SCORING, dtype, backend="reference")
+    for what in ("out", "lse", "dq", "dk", "dv"):
+        for a, b in zip(getattr(fused, what), getattr(plain, what), strict=True):
+            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
 def test_one_document_changes_no_other() -> None:
