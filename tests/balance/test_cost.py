@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 from transformers import AutoConfig
 
-from hdp.attention.layout import make_layout
+from hdp.attention.bundle import Bundle, structure_of
 from hdp.attention.lower import Task, lower
 from hdp.attention.lowered import Geometry
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_schedule
 from hdp.balance import MODELS, CostModel, Link, ModelShape, Plan, PlanError, Topology, evaluate
 from hdp.balance.cost import TICK
 from hdp.balance.memory import activation_peak, capacity_with, eq3, hidden_ratio, ratio_for
@@ -154,10 +153,9 @@ def test_what_a_ring_keeps_for_backward_is_in_the_memory(size: int) -> None:
     made = Plan.from_groups(
         np.array([tokens, 10]), groups, [0, 0], world_size=size, capacity=40, regime="step", planner="x"
     )
-    layout, heads = make_layout("zigzag", tokens, size), HeadCount(query=4, key=2)
-    program = get_schedule("ring").forward(layout, Mask(), heads, 0)
-    task = Task(sequence=0, layout=layout, group=groups[0], member=0, row=0, program=program, mask=Mask())
-    kept = lower([task], Geometry(heads=heads, head_dim=16, model_bytes=2, sum_bytes=4), False).kept_bytes
+    bundle = Bundle(structure_of("zigzag", tokens, size, Mask()), "ring", groups[0], 0, [0], [tokens], [0])
+    geometry = Geometry(heads=HeadCount(query=4, key=2), head_dim=16, model_bytes=2, sum_bytes=4)
+    kept = lower([Task(bundle, ("ring", "ring"))], geometry, False).kept_bytes
     assert kept == 24 * cost.ring_bytes
     assert activation_peak(made, cost) == pytest.approx(cost.layers * (34 * cost.activation_bytes + kept))
     whole = Plan.from_groups(np.array([34]), [(0,)], [0], world_size=1, capacity=40, regime="step", planner="x")

@@ -78,7 +78,7 @@ class Coalescing:
         return "nccl"
 
     def size(self) -> int:
-        return 2
+        return 3
 
 
 @pytest.mark.parametrize(
