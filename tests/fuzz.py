@@ -11,6 +11,7 @@ A test that needs more or fewer than hypothesis' own hundred examples says so by
 from __future__ import annotations
 
 from hypothesis import HealthCheck, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
 from hypothesis.internal.conjecture import providers
 
 USUAL = 100
@@ -19,14 +20,15 @@ TIMES = 10
 """Factor of all numbers of examples in ``make fuzz``."""
 _CONSTANTS_OF_MODULES = providers._get_local_constants  # type: ignore[attr-defined]
 
-# Neither profile depends on how fast the machine is.
+# Neither profile depends on how fast the machine is. What hypothesis sets by itself where it sees a CI server is said here.
 settings.register_profile(
     "test", max_examples=USUAL, derandomize=True, database=None, deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 settings.register_profile(
-    "fuzz", max_examples=USUAL * TIMES, deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
-)
+    "fuzz", max_examples=USUAL * TIMES, derandomize=False, database=DirectoryBasedExampleDatabase(".hypothesis/examples"),
+    deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
 
 
 def examples(count: int) -> settings:
