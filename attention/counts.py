@@ -54,6 +54,12 @@ class Sizes:
             return result + self.sum_bytes
         return result * (1 + kind.is_per_key)
 
+    def of(self, transfer: Transfer, layout: Layout) -> int:
+        """Bytes of a transfer."""
+        tokens = sum(layout.tokens(c) for c in transfer.chunks)
+        count = transfer.heads[1] - transfer.heads[0]
+        return tokens * count * self.per_token(transfer.kind, transfer.final)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepCount:

@@ -1,10 +1,13 @@
-"""What attention programs cost the host besides computing and sending: a fixed time for each call and each message.
+"""What attention programs cost the host besides computing and sending: a fixed time a round, a message, and a document's tile.
 
-A ring of ``n`` ranks computes one tile of each shared sequence in each of its ``n`` steps, in each direction; a whole sequence
-is one tile a direction. Each block that travels, keys and values or their gradients, is one message, and a member sends one
-and receives one: two messages a hop. Sequences of one micro-batch that share their ranks share them. Forward makes ``n - 1``
+Documents of one micro-batch that share a group run one program, and all groups' programs run round by round together. What goes
+from one rank to another in a round and lane is one message for inputs and one for sums, whatever the number of documents and
+groups in it: so many messages a group and micro-batch, none a document. Kernels, and what they give, are still each document's
+own: a ring of ``n`` ranks has ``n`` tiles a document and direction, a whole document one.
+
+A member of a ring sends one block and receives one in each hop: keys and values, or their gradients. Forward makes ``n - 1``
 hops; backward ``n - 2`` with keys and values and ``n - 1`` with their gradients. On GPUs this is microseconds and kernels hide
-it; on CPUs it is much of what sharing a short sequence costs.
+it; on CPUs it is much of what sharing short documents costs.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from hdp.balance.plan import PlanError
 
 
 def ring_messages(size: int, backward: bool) -> int:
-    """Messages that one member of a ring sends and receives in one pass of one layer."""
+    """Messages that one member of a ring sends and receives in one pass of one layer, for all its documents together."""
     if size < 2:
         return 0
     return 2 * ((size - 1) + (size - 2 if backward else 0))
@@ -27,11 +30,13 @@ class HostCosts:
     """Seconds of one rank's host. 0: hidden, or not known."""
 
     piece_seconds: float = 0.0
-    """Of each tile of each sequence, in each layer and direction, beyond what its tokens cost."""
+    """Of each tile of each document, in each layer and direction, beyond what its tokens cost."""
     message_seconds: float = 0.0
-    """Of each message sent or received, in each layer, that one sequence more takes."""
+    """Of each message sent or received, in each layer."""
+    round_seconds: float = 0.0
+    """Of each round of a micro-batch's programs, in each layer: step k of all groups is round k."""
     piece_setup: float = 0.0
-    """Of each tile, once a micro-batch and direction: programs are made once and serve all layers."""
+    """Of each tile of each document, once a micro-batch and direction: programs are made once and serve all layers."""
     message_setup: float = 0.0
     """The same once a micro-batch and direction."""
     gather_byte: float = 0.0
@@ -52,13 +57,15 @@ class HostCosts:
         if not 0.0 < self.quota_share <= 1.0:
             raise PlanError(f"quota_share is {self.quota_share}: give a part above 0, up to 1")
 
-    def layer_seconds(self, size: int, backward: bool) -> float:
-        """One sequence on a ring of ``size`` ranks (1: a whole sequence), in one layer."""
-        return size * self.piece_seconds + ring_messages(size, backward) * self.message_seconds
+    def layer_seconds(self, documents: int, size: int, backward: bool) -> float:
+        """One layer of ``documents`` on one ring of ``size`` ranks (1: whole documents), in one micro-batch."""
+        rounds = size * self.round_seconds if size > 1 else 0.0
+        messages = ring_messages(size, backward) * self.message_seconds
+        return documents * size * self.piece_seconds + messages + rounds
 
-    def setup_seconds(self, size: int, backward: bool) -> float:
+    def setup_seconds(self, documents: int, size: int, backward: bool) -> float:
         """The same once a micro-batch."""
-        return size * self.piece_setup + ring_messages(size, backward) * self.message_setup
+        return documents * size * self.piece_setup + ring_messages(size, backward) * self.message_setup
 
 
 NO_HOST_COSTS = HostCosts()

@@ -22,7 +22,7 @@ from hdp.balance.models import ModelShape
 from hdp.balance.plan import PlanError
 from hdp.balance.topology import Link, Topology
 
-FORMAT = 1
+FORMAT = 2
 GRADIENT_BYTES = 4
 """Of an element: ``hdp.shard`` reduces gradients in fp32."""
 
@@ -76,7 +76,7 @@ class Profile:
     reduce_bandwidth: float = 0.0
     """Bytes per second of a reduce-scatter over all ranks, counted by its input; 0: not measured."""
     host: HostCosts = NO_HOST_COSTS
-    """What each tile and each message of attention costs the host, and gathering and reducing, FSDP2's own work included;
+    """What rounds, messages and tiles of attention cost the host, and gathering and reducing, FSDP2's own work included;
     zeros: not measured."""
     element_bytes: int = 4
     """Of an element of the parameters, as they are gathered."""
@@ -145,29 +145,24 @@ class Profile:
 
     @classmethod
     def read(cls, path: str | Path) -> Profile:
-        """Older files lack what was not measured then. Raises PlanError for a file that is none."""
+        """Raises PlanError for a file that is none, or one of another version."""
         try:
             fields: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(fields, dict) or "format" not in fields:
                 raise PlanError(f"{str(path)!r} is no profile: give a file that hdp profile --out wrote")
             if fields.pop("format") != FORMAT:
-                raise PlanError(f"{path} is a profile of another format: run hdp profile again")
+                raise PlanError(
+                    f"{str(path)!r} is a profile of another version, which measured other things: run hdp profile again"
+                )
             links = {name: Link(**fields[name]) if fields[name] else None for name in ("intra", "inter")}
             samples = tuple(Sample(**sample) for sample in fields["samples"])
-            cost = CostModel(**fields["cost"])
-            parts = {"cost": cost, "host": HostCosts(**fields.get("host", {})), "samples": samples}
-            fields.setdefault("element_bytes", _element_bytes(cost))
-            shape = ModelShape(**fields["shape"]) if fields.get("shape") else None
+            parts = {"cost": CostModel(**fields["cost"]), "host": HostCosts(**fields["host"]), "samples": samples}
+            shape = ModelShape(**fields["shape"]) if fields["shape"] else None
             return cls(**{**fields, **links, **parts, "shape": shape})
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise PlanError(
                 f"{str(path)!r} is no profile of hdp profile ({error}): write one with hdp profile --out"
             ) from error
-
-
-def _element_bytes(cost: CostModel) -> int:
-    """Of a profile that does not say: backward sends keys and values as they are, and their gradients in fp32."""
-    return 4 if cost.ring_bytes_backward == 2 * cost.ring_bytes else 2
 
 
 def fit(

@@ -15,7 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import torch
@@ -168,7 +168,7 @@ class Reference:
 def slowed(cost: CostModel, cluster: Cluster, speed: float) -> tuple[CostModel, Cluster]:
     """Where computing takes ``speed`` times as long; links are as they were."""
     host = cluster.host
-    times = ("piece_seconds", "message_seconds", "piece_setup", "message_setup", "gather_byte", "reduce_byte")
+    times = [field.name for field in fields(host) if not field.name.startswith("quota")]
     return (
         replace(cost, **{name: getattr(cost, name) * speed for name in ("quadratic", "linear", "constant", "head")}),
         replace(cluster, host=replace(host, **{name: getattr(host, name) * speed for name in times})),

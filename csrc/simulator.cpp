@@ -44,10 +44,10 @@ simulator::Table table(const py::dict& arrays) {
   made.rounds = number(arrays, "rounds");
   made.area = copied<double>(arrays, "area");
   made.pieces = copied<i64>(arrays, "pieces");
-  made.messages = copied<i64>(arrays, "messages");
   made.send_first = copied<i64>(arrays, "send_first");
   made.from = copied<i64>(arrays, "from");
   made.to = copied<i64>(arrays, "to");
+  made.channel = copied<i64>(arrays, "channel");
   made.weight = copied<double>(arrays, "weight");
   made.receive_first = copied<i64>(arrays, "receive_first");
   made.received = copied<i64>(arrays, "received");
@@ -93,6 +93,8 @@ simulator::Input input(const py::dict& a, const py::list& tables) {
   in.round_ticks = number(a, "round_ticks");
   in.piece_ticks = number(a, "piece_ticks");
   in.message_ticks = number(a, "message_ticks");
+  in.piece_setup = number(a, "piece_setup");
+  in.message_setup = number(a, "message_setup");
   in.gather = number(a, "gather");
   in.reduce = number(a, "reduce");
   in.root_gather = number(a, "root_gather");

@@ -8,6 +8,10 @@
 // of time, ties by actor, so ports (links, NICs) serve messages first come, first served. A message starts when both its
 // ends have begun its round and their hosts have posted its messages, as with NCCL and with gloo's large ones; a round ends
 // when its tiles are computed, its messages received, and the messages of the round before sent.
+//
+// [Note: one message] What goes from one rank to another in one round, on one channel (a lane's inputs, or its sums), is one
+// message, of however many exchanges: that is how the executor packs it. Both ends hold the same exchanges in one operation
+// and are in the same round of all of them, so both find the same messages.
 #pragma once
 
 #include <algorithm>
@@ -40,14 +44,17 @@ inline i64 wrap(i64 member, i64 size) { return member < 0 ? member + size : (mem
 enum Flag : i64 { kGathers = 1, kReduces = 2, kFirst = 4 };
 enum Template : i64 { kRingForward = 0, kRingBackward = 1, kTables = 2 };
 
+constexpr i64 kChannels = 4;  // two lanes, inputs and sums apart
+constexpr i64 kInputs = 0, kSums = 1;  // of the first lane
+
 // The rounds of a schedule other than the ring, counted from its programs. Messages are sorted by (member, round) of
 // their sender; `received` lists them by (member, round) of their receiver.
 struct Table {
   i64 size = 0, rounds = 0;
   std::vector<double> area;               // [size * rounds] of the whole sequence's
-  std::vector<i64> pieces, messages;      // [size * rounds]: tiles, and tensors sent and received, of one sequence
+  std::vector<i64> pieces;                // [size * rounds]: tiles of one sequence
   std::vector<i64> send_first;            // [size * rounds + 1]
-  std::vector<i64> from, to;              // members
+  std::vector<i64> from, to, channel;     // members; see [Note: one message]
   std::vector<double> weight;             // in units of the exchange
   std::vector<i64> receive_first;         // [size * rounds + 1]
   std::vector<i64> received;              // message numbers
@@ -70,7 +77,8 @@ struct Input {
   i64 latency[2] = {0, 0};                 // one hop in all layers
   i64 leaving = 2;                         // layers whose copies may be under way when forward begins the next one
   i64 round_ticks = 0;                     // host time of one round in all layers
-  i64 piece_ticks = 0, message_ticks = 0;  // host time of a tile and of a tensor sent or received, in all layers
+  i64 piece_ticks = 0, message_ticks = 0;  // host time of a sequence's tile and of a message, in all layers
+  i64 piece_setup = 0, message_setup = 0;  // the same once an operation
   i64 gather = 0, reduce = 0;              // collectives over all layers
   i64 root_gather = 0, root_reduce = 0;    // of what belongs to no layer: gathered first, reduced last
   i64 gather_host = 0, reduce_host = 0;    // what they take from computing
@@ -94,18 +102,29 @@ struct Port {
   i64 serve(i64 time, i64 ticks) { return free = std::max(free, time) + ticks; }
 };
 
+// A part of a message: what one exchange has in it. In a thick round it stands for `count` messages, one after the other.
+struct Part {
+  bool is_send;
+  i64 peer;        // member of the exchange
+  i64 channel;
+  i64 bytes;       // which of the exchange's two kinds
+  double weight;
+  i64 count;
+};
+
+// A message of an actor's round, see [Note: one message].
 struct Message {
-  i64 from, to;          // members of the exchange
-  double first, second;  // weights of its two kinds of bytes
+  bool is_send;
+  i64 peer;        // actor
+  i64 exchange;    // one of those in it, and the peer's member there
+  i64 member;
+  i64 key;         // in Simulator::found_
+  i64 ticks;       // on the link, in all layers
+  i64 count;
 };
 
 struct Steps {
   i64 first, last;  // [first, last)
-};
-
-// What one round takes the host, in all layers.
-struct Host {
-  i64 pieces, messages;
 };
 
 struct Waiting {
@@ -116,6 +135,7 @@ struct Waiting {
 struct Actor {
   i64 op = 0, layer = 0, round = 0, rounds = 0;
   i64 filler = 0;                // local attention left in this piece
+  i64 setup = 0;                 // of this operation's programs
   i64 round_begin = 0;
   i64 computed = 0;              // when this round's tiles are done
   i64 layer_begin = 0;
@@ -160,14 +180,17 @@ class Simulator {
   i64 could_compute(i64 a, i64 begin, i64 end) const;
   i64 shift_of(i64 a) const { return a * (in_.quota_period * 618 / 1000) % in_.quota_period; }
   i64 tile_ticks(const Actor& actor, i64 share) const;
-  Host host_ticks(i64 exchange, i64 member, i64 round) const;
+  i64 pieces_of(i64 exchange, i64 member, i64 round) const;
   i64 rounds_of(i64 exchange) const;
-  template <class Visit> void sends(i64 exchange, i64 member, i64 round, Visit visit) const;
-  template <class Visit> void receives(i64 exchange, i64 member, i64 round, Visit visit) const;
+  i64 rounds_of_operation(i64 op) const;
+  i64 setup_ticks(i64 a);
+  void collect(i64 a, i64 round);
+  i64 messages_collected() const;
+  template <class Visit> void parts(i64 exchange, i64 member, i64 round, Visit visit) const;
+  template <class Visit> void ring_parts(i64 exchange, i64 member, i64 round, Visit visit) const;
   i64 size_of(i64 exchange) const;
   Steps steps_of(i64 exchange, i64 round) const;
-  Message ring_message(i64 exchange, i64 member, i64 round) const;
-  void transfer(i64 exchange, const Message& message, i64 round, i64 now);
+  void transfer(i64 a, const Message& message, i64 round, i64 now);
 
   Meeting& meet(std::vector<Meeting>& meetings, i64 number);
   void post(std::vector<Meeting>& meetings, i64 number, i64 a, i64 now, i64 ticks);
@@ -184,6 +207,8 @@ class Simulator {
   std::vector<std::vector<i64>> stage_nics_;
   std::vector<i64> stage_size_;
   std::vector<std::vector<i64>> waiting_for_;     // operation: actors that wait for its end
+  std::vector<Message> messages_;                 // of the round at hand
+  std::vector<i32> found_;                        // [actors, channels, 2]: where such a message is there, -1: nowhere
 };
 
 inline i64 Simulator::size_of(i64 x) const { return in_.member_first[x + 1] - in_.member_first[x]; }
@@ -199,74 +224,116 @@ inline Steps Simulator::steps_of(i64 x, i64 round) const {
   return {round * steps / rounds, (round + 1) * steps / rounds};
 }
 
-// What a member of a causal zigzag ring sends in a round, in blocks: keys and values, and their gradients.
-// Forward: the block at hand, of which nobody looks at the back half if it is member 0's. Backward, the other way round:
-// front halves, back halves that are still looked at, and the gradients of the block of the step before.
-inline Message Simulator::ring_message(i64 x, i64 member, i64 round) const {
-  const i64 n = size_of(x);
-  const Steps steps = steps_of(x, round);
-  const auto halves = [](i64 from, i64 to, i64 half) {  // steps in [from, to), one of which counts half
-    return static_cast<double>(std::max(to - from, i64{0})) - 0.5 * (half >= from && half < to);
-  };
-  if (in_.kind[x] == kRingForward) {
-    return {member, wrap(member + 1, n), halves(steps.first, std::min(steps.last, n - 1), member), 0.0};
+inline i64 Simulator::rounds_of_operation(i64 op) const {
+  i64 rounds = 0;
+  for (i64 s = in_.share_first[op]; s < in_.share_first[op + 1]; ++s) {
+    rounds = std::max(rounds, rounds_of(in_.share_exchange[s]));
   }
-  const i64 low = n - steps.last, high = n - steps.first;  // hops that blocks are still away from home
-  const auto count = [&](i64 from) { return static_cast<double>(std::max(high - std::max(from, low), i64{0})); };
-  const double inputs = 0.5 * count(2) + (member > 0 ? 0.5 * count(std::max(member + 1, i64{2})) : 0.0);
-  return {member, wrap(member - 1, n), inputs, halves(low, std::min(high, n - 1), member - 1)};
+  return rounds;
 }
 
-// Host time of one round in all layers: each sequence has tiles and messages of its own, however they are packed. A block of a
-// ring is one message, and a member sends one and receives one: two messages a hop. Backward, steps [0, size - 2) pass on keys
-// and values, steps [1, size) gradients.
-inline Host Simulator::host_ticks(i64 x, i64 member, i64 round) const {
-  if (in_.piece_ticks == 0 && in_.message_ticks == 0) return {0, 0};
-  i64 pieces, messages;
+// Tiles of one member in one round: each sequence of the exchange has its own, however they are packed.
+inline i64 Simulator::pieces_of(i64 x, i64 member, i64 round) const {
   if (in_.kind[x] < kTables) {
-    const i64 n = size_of(x);
     const Steps steps = steps_of(x, round);
-    const auto inside = [&](i64 from, i64 to) {
-      return std::max(std::min(steps.last, to) - std::max(steps.first, from), i64{0});
-    };
-    pieces = steps.last - steps.first;
-    messages = 2 * (in_.kind[x] == kRingForward ? inside(0, n - 1) : inside(0, n - 2) + inside(1, n));
-  } else {
-    const Table& table = in_.tables[in_.kind[x] - kTables];
-    pieces = table.pieces[member * table.rounds + round];
-    messages = table.messages[member * table.rounds + round];
+    return in_.documents[x] * (steps.last - steps.first);
   }
-  return {in_.documents[x] * pieces * in_.piece_ticks, in_.documents[x] * messages * in_.message_ticks};
+  const Table& table = in_.tables[in_.kind[x] - kTables];
+  return in_.documents[x] * table.pieces[member * table.rounds + round];
+}
+
+// What a member of a causal zigzag ring sends and receives in a round, in blocks: keys and values, and their gradients.
+// Forward, steps [0, size - 1): the block at hand, of which nobody looks at the back half if it is member 0's. Backward, the
+// other way round: front halves, and back halves that are still looked at, in steps [0, size - 2); the gradients of the block
+// of the step before in steps [1, size).
+template <class Visit>
+void Simulator::ring_parts(i64 x, i64 member, i64 round, Visit visit) const {
+  const i64 n = size_of(x);
+  const Steps steps = steps_of(x, round);
+  const auto length = [](i64 from, i64 to) { return std::max(to - from, i64{0}); };
+  const auto halves = [&](i64 from, i64 to, i64 half) {  // steps in [from, to), one of which counts half
+    return static_cast<double>(length(from, to)) - 0.5 * (half >= from && half < to);
+  };
+  const bool is_forward = in_.kind[x] == kRingForward;
+  const i64 low = n - steps.last, high = n - steps.first;  // backward: hops that blocks are still away from home
+  for (const bool is_send : {true, false}) {
+    const i64 peer = wrap(is_send == is_forward ? member + 1 : member - 1, n);
+    const i64 from = is_send ? member : peer;
+    if (is_forward) {
+      const i64 last = std::min(steps.last, n - 1);
+      const i64 count = length(steps.first, last);
+      if (count) visit(Part{is_send, peer, kInputs, 0, halves(steps.first, last, from), count});
+      continue;
+    }
+    const auto hops = [&](i64 least) { return length(std::max(least, low), high); };
+    const i64 inputs = hops(2), sums = length(low, std::min(high, n - 1));
+    if (inputs) {
+      const i64 back = from > 0 ? hops(std::max(from + 1, i64{2})) : 0;
+      visit(Part{is_send, peer, kInputs, 0, 0.5 * static_cast<double>(inputs + back), inputs});
+    }
+    if (sums) visit(Part{is_send, peer, kSums, 1, halves(low, std::min(high, n - 1), from - 1), sums});
+  }
 }
 
 template <class Visit>
-void Simulator::sends(i64 x, i64 member, i64 round, Visit visit) const {
-  if (in_.kind[x] < kTables) {
-    const Message message = ring_message(x, member, round);
-    if (message.first + message.second != 0.0) visit(message);
-    return;
-  }
+void Simulator::parts(i64 x, i64 member, i64 round, Visit visit) const {
+  if (in_.kind[x] < kTables) return ring_parts(x, member, round, visit);
   const Table& table = in_.tables[in_.kind[x] - kTables];
   const i64 at = member * table.rounds + round;
   for (i64 i = table.send_first[at]; i < table.send_first[at + 1]; ++i) {
-    visit(Message{member, table.to[i], table.weight[i], 0.0});
+    visit(Part{true, table.to[i], table.channel[i], 0, table.weight[i], 1});
+  }
+  for (i64 i = table.receive_first[at]; i < table.receive_first[at + 1]; ++i) {
+    const i64 m = table.received[i];
+    visit(Part{false, table.from[m], table.channel[m], 0, table.weight[m], 1});
   }
 }
 
-template <class Visit>
-void Simulator::receives(i64 x, i64 member, i64 round, Visit visit) const {
-  if (in_.kind[x] < kTables) {
-    const i64 from = wrap(in_.kind[x] == kRingForward ? member - 1 : member + 1, size_of(x));
-    const Message message = ring_message(x, from, round);
-    if (message.first + message.second != 0.0) visit(message);
-    return;
+// Brings the messages of an actor's round together, in the order of their first parts.
+inline void Simulator::collect(i64 a, i64 round) {
+  const i64 op = actors_[a].op;
+  messages_.clear();
+  for (i64 s = in_.share_first[op]; s < in_.share_first[op + 1]; ++s) {
+    const i64 x = in_.share_exchange[s];
+    if (round >= rounds_of(x)) continue;
+    parts(x, in_.share_member[s], round, [&](const Part& part) {
+      const i64 peer = in_.member_actor[in_.member_first[x] + part.peer];
+      const double unit = in_.unit[4 * x + 2 * (in_.node[a] != in_.node[peer]) + part.bytes];
+      const i64 ticks = std::llround(part.weight * unit);
+      const i64 key = 2 * (kChannels * peer + part.channel) + part.is_send;
+      i32& found = found_[key];
+      if (found < 0) {
+        found = static_cast<i32>(messages_.size());
+        messages_.push_back({part.is_send, peer, x, part.peer, key, ticks, part.count});
+      } else {
+        messages_[found].ticks += ticks;
+        messages_[found].count = std::max(messages_[found].count, part.count);
+      }
+    });
   }
-  const Table& table = in_.tables[in_.kind[x] - kTables];
-  const i64 at = member * table.rounds + round;
-  for (i64 i = table.receive_first[at]; i < table.receive_first[at + 1]; ++i) {
-    const i64 m = table.received[i];
-    visit(Message{table.from[m], member, table.weight[m], 0.0});
+  for (const Message& message : messages_) found_[message.key] = -1;
+}
+
+inline i64 Simulator::messages_collected() const {
+  i64 count = 0;
+  for (const Message& message : messages_) count += message.count;
+  return count;
+}
+
+// Making the programs of an operation: what each tile and each message of all its rounds takes once.
+inline i64 Simulator::setup_ticks(i64 a) {
+  const i64 op = actors_[a].op;
+  if (in_.piece_setup == 0 && in_.message_setup == 0) return 0;
+  i64 ticks = 0;
+  for (i64 round = rounds_of_operation(op) - 1; round >= 0; --round) {
+    collect(a, round);
+    ticks += messages_collected() * in_.message_setup;
+    for (i64 s = in_.share_first[op]; s < in_.share_first[op + 1]; ++s) {
+      const i64 x = in_.share_exchange[s];
+      if (round < rounds_of(x)) ticks += pieces_of(x, in_.share_member[s], round) * in_.piece_setup;
+    }
   }
+  return ticks;
 }
 
 }  // namespace simulator

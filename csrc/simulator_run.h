@@ -22,6 +22,7 @@ inline Simulator::Simulator(const Input& input) : in_(input) {
   begun_.assign(in_.member_first[in_.exchanges], 0);
   posted_.assign(2 * in_.member_first[in_.exchanges], 0);
   waiting_for_.resize(in_.operations);
+  found_.assign(2 * kChannels * in_.actors, -1);
   out_.begin.assign(in_.operations, kUnknown);
   out_.end.assign(in_.operations, kUnknown);
   out_.busy.assign(in_.actors, 0);
@@ -85,6 +86,7 @@ inline void Simulator::begin_operation(i64 a, i64 now) {
   }
   out_.begin[actor.op] = now;
   actor.layer = 0;
+  actor.setup = setup_ticks(a);
   actor.copy.free = now;
   actor.copied = 0;
   actor.state = Actor::kLayer;
@@ -145,16 +147,13 @@ inline void Simulator::begin_layer(i64 a, i64 now) {
     if (out > now) return wake(a, out);
   }
   actor.layer_begin = now;
-  i64 dense = piece(in_.dense[op], actor.layer, in_.layers);
+  i64 dense = piece(in_.dense[op], actor.layer, in_.layers) + piece(actor.setup, actor.layer, in_.layers);
   if (flags & (kGathers | kFirst)) dense += piece(in_.gather_host, actor.layer, in_.layers);
   if (flags & kReduces) dense += piece(in_.reduce_host, actor.layer, in_.layers);
   actor.filler = piece(in_.filler[op], actor.layer, in_.layers);
   out_.busy[a] += dense + actor.filler;
   actor.round = 0;
-  actor.rounds = 0;
-  for (i64 s = in_.share_first[op]; s < in_.share_first[op + 1]; ++s) {
-    actor.rounds = std::max(actor.rounds, rounds_of(in_.share_exchange[s]));
-  }
+  actor.rounds = rounds_of_operation(op);
   actor.parity[0] = actor.parity[1] = Waiting{};
   actor.state = Actor::kCompute;
   wake(a, computes(a, now, dense));
@@ -220,51 +219,43 @@ inline void Simulator::begin_round(i64 a, i64 now) {
   actor.state = Actor::kWaiting;
   Waiting& mine = actor.parity[round & 1];
   mine = Waiting{};
-  i64 tiles = 0, steps = 0;
-  Host host{0, 0};
+  collect(a, round);
+  for (const Message& message : messages_) ++(message.is_send ? mine.sends : mine.receives);
+  i64 tiles = 0, steps = 0, pieces = 0;
   for (i64 s = in_.share_first[op]; s < in_.share_first[op + 1]; ++s) {
-    const i64 x = in_.share_exchange[s], m = in_.share_member[s];
+    const i64 x = in_.share_exchange[s];
     if (round >= rounds_of(x)) continue;
     tiles += tile_ticks(actor, s);
-    const Host more = host_ticks(x, m, round);
-    host.pieces += more.pieces;
-    host.messages += more.messages;
+    pieces += pieces_of(x, in_.share_member[s], round);
     steps = std::max(steps, steps_of(x, round).last - steps_of(x, round).first);
-    sends(x, m, round, [&](const Message&) { ++mine.sends; });
-    receives(x, m, round, [&](const Message&) { ++mine.receives; });
   }
-  tiles += steps * piece(in_.round_ticks, actor.layer, in_.layers) + piece(host.pieces, actor.layer, in_.layers);
-  const i64 posting = piece(host.messages, actor.layer, in_.layers);
+  tiles += steps * piece(in_.round_ticks, actor.layer, in_.layers) + piece(pieces * in_.piece_ticks, actor.layer, in_.layers);
+  const i64 posting = piece(messages_collected() * in_.message_ticks, actor.layer, in_.layers);
   out_.busy[a] += tiles + posting;
   actor.round_begin = now;
   const i64 posted = computes(a, now, posting);  // nothing leaves before
   actor.computed = computes(a, posted, tiles);
+  const auto number = [&](i64 x) { return actor.layer * rounds_of(x) + round + 1; };
   for (i64 s = in_.share_first[op]; s < in_.share_first[op + 1]; ++s) {
-    const i64 x = in_.share_exchange[s], m = in_.share_member[s], rounds = rounds_of(x);
-    if (round >= rounds) continue;
-    const i64 number = actor.layer * rounds + round + 1;
-    i64* begun = begun_.data() + in_.member_first[x];
-    i64* when = posted_.data() + 2 * in_.member_first[x] + (number & 1);
-    begun[m] = number;
-    when[2 * m] = posted;
-    sends(x, m, round, [&](const Message& message) {
-      if (begun[message.to] >= number) transfer(x, message, round, std::max(posted, when[2 * message.to]));
-    });
-    receives(x, m, round, [&](const Message& message) {
-      if (begun[message.from] >= number) transfer(x, message, round, std::max(posted, when[2 * message.from]));
-    });
+    const i64 x = in_.share_exchange[s], place = in_.member_first[x] + in_.share_member[s];
+    if (round >= rounds_of(x)) continue;
+    begun_[place] = number(x);
+    posted_[2 * place + (number(x) & 1)] = posted;
+  }
+  for (const Message& message : messages_) {
+    const i64 x = message.exchange, place = in_.member_first[x] + message.member;
+    if (begun_[place] < number(x)) continue;  // the peer will see to it
+    transfer(a, message, round, std::max(posted, posted_[2 * place + (number(x) & 1)]));
   }
   settle_round(a);
 }
 
-inline void Simulator::transfer(i64 x, const Message& message, i64 round, i64 now) {
-  const i64* actor_of = in_.member_actor + in_.member_first[x];
-  const i64 a = actor_of[message.from], b = actor_of[message.to];
+// One of actor a's messages, once both ends have posted it.
+inline void Simulator::transfer(i64 mine, const Message& message, i64 round, i64 now) {
+  const i64 a = message.is_send ? mine : message.peer, b = message.is_send ? message.peer : mine;
   Actor &sender = actors_[a], &receiver = actors_[b];
   const bool across = in_.node[a] != in_.node[b];
-  const double* unit = in_.unit + 4 * x + 2 * across;
-  const i64 whole = std::llround(message.first * unit[0] + message.second * unit[1]);
-  const i64 ticks = piece(whole, receiver.layer, in_.layers);
+  const i64 ticks = piece(message.ticks, receiver.layer, in_.layers);
   i64 sent, there;
   ++out_.messages;
   if (across) {  // a NIC serves one rank at the rate of all that share it
@@ -276,8 +267,7 @@ inline void Simulator::transfer(i64 x, const Message& message, i64 round, i64 no
     sent = sender.send.serve(now, ticks);
     there = std::max(sent, receiver.receive.serve(sent - ticks, ticks));
   }
-  const Steps steps = steps_of(x, round);
-  there += (steps.last - steps.first) * piece(in_.latency[across], receiver.layer, in_.layers);
+  there += message.count * piece(in_.latency[across], receiver.layer, in_.layers);
   Waiting &out = sender.parity[round & 1], &in = receiver.parity[round & 1];
   out.sent = std::max(out.sent, sent);
   in.arrived = std::max(in.arrived, there);

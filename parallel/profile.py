@@ -145,7 +145,7 @@ def _device_name(device: torch.device) -> str:
 def _inputs(world: World, vocabulary: int, length: int, documents: int) -> MicroBatchInputs:
     generator = torch.Generator().manual_seed(length)
     texts = [torch.randint(0, vocabulary, (length,), generator=generator) for _ in range(documents)]
-    return micro_batch(world, texts, (world.rank,))()
+    return micro_batch(world, texts, [(world.rank,)] * documents)()
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,14 +1,20 @@
-"""Measures what each tile and each message of attention costs the host: many tiny sequences against few of the same tokens.
+"""Measures what attention's tiles and messages cost the host: tiny documents, many and few, whole and on rings of some sizes.
+
+Documents of one group run one program, so one document more has tiles of its own and no message. Few against many documents
+tell what a tile costs; larger groups what a round costs; and documents dealt to rings that turn both ways, which send twice the
+messages in as many rounds, what a message costs. All come out of one least-squares fit. On two ranks both ways round are one,
+so that rounds and messages cannot be told apart and share what they cost.
 
 Time on the wall would count the waits for messages, which a step fills with other work. So the host is timed by a clock that
-stands still while it waits (``profile_clock``), many and few in turn, and the median of the differences counts.
+stands still while it waits (``profile_clock``), all cases in turn, and the median over the turns counts.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import torch
@@ -31,65 +37,122 @@ Clock = Callable[[], float]
 MANY, FEW = 32, 8
 LARGEST_GROUP = 4
 TURNS = 9
-"""Blocks of runs of many and of few sequences, in turn."""
-SECONDS = 0.1
+"""Blocks of runs of each case, in turn."""
+SECONDS = 0.06
 """What a block takes, about."""
 
 
-def host_costs(world: World, shape: ModelShape, dtype: torch.dtype, quota: Quota = NO_QUOTA) -> HostCosts:
-    """Mean over ranks, equal on all of them.
+Group = tuple[int, ...]
 
-    Whole sequences tell what a tile costs; rings of the first, second, ... ``LARGEST_GROUP`` ranks what a message costs beyond
-    that. A rank that is left over measures no ring.
-    """
-    first = world.rank // LARGEST_GROUP * LARGEST_GROUP
-    size = min(LARGEST_GROUP, world.world_size - first)
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One micro-batch that is timed; every rank has a case of the same number at the same time."""
+
+    groups: tuple[Group, ...]
+    """Of each document."""
+
+    @property
+    def pieces(self) -> int:
+        """Tiles, forward and backward together."""
+        return 2 * sum(map(len, self.groups))
+
+    @property
+    def messages(self) -> int:
+        """Sent and received, forward and backward together. On two ranks both ways round are one."""
+        size = len(self.groups[0])
+        ways = len(set(self.groups)) if size > 2 else 1
+        return ways * sum(ring_messages(size, backward) for backward in (False, True))
+
+    @property
+    def rounds(self) -> int:
+        """Of the micro-batch's programs, forward and backward together; whole documents have none."""
+        size = len(self.groups[0])
+        return 2 * size if size > 1 else 0
+
+
+def cases(rank: int, world_size: int) -> list[Case]:
+    """Of one rank: whole documents, and rings of neighbouring ranks; those that are left over have smaller ones."""
+    made = []
+    for size in sorted({1, min(2, world_size), min(LARGEST_GROUP, world_size)}):
+        first = rank // size * size
+        group = tuple(range(first, min(first + size, world_size)))
+        made += [Case(groups=(group,) * documents) for documents in (FEW, MANY)]
+        if size > 2:
+            made.append(Case(groups=(group, group[::-1]) * (MANY // 2)))
+    return made
+
+
+def host_costs(world: World, shape: ModelShape, dtype: torch.dtype, quota: Quota = NO_QUOTA) -> HostCosts:
+    """Fitted to all ranks' times, equal on all of them. One rank has no messages."""
     clock = host_clock(world.device, quota)
-    whole, whole_setup = _each(world, clock, shape, dtype, (world.rank,))
-    ring, ring_setup = _each(world, clock, shape, dtype, tuple(range(first, first + size)))
-    messages = ring_messages(size, backward=False) + ring_messages(size, backward=True)
-    sums = torch.tensor([whole, whole_setup, 0.0, 0.0, 0.0], dtype=torch.float64)
-    if messages:
-        sums[2:] = torch.tensor([(ring - size * whole) / messages, (ring_setup - size * whole_setup) / messages, 1.0])
-    dist.all_reduce(sums, group=world.control)
-    whole, whole_setup, message, message_setup, rings = sums.clamp_min(0.0).tolist()
+    found = cases(world.rank, world.world_size)
+    layers, setups = [], []
+    for case in found:
+        make = _make(world, case)
+        layers.append(_layer(world, shape, dtype, make()))
+        setups.append(_setup(shape, dtype, make))
+    counts = np.array([(case.pieces, case.messages, case.rounds) for case in found], dtype=np.float64)
+    piece, message, turn = fitted(world, counts, _times(world, clock, layers))
+    piece_setup, message_setup = fitted(world, counts[:, :2], _times(world, clock, setups))
     return HostCosts(
-        piece_seconds=whole / 2 / world.world_size,
-        message_seconds=message / max(rings, 1.0),
-        piece_setup=whole_setup / 2 / world.world_size,
-        message_setup=message_setup / max(rings, 1.0),
+        piece_seconds=piece,
+        message_seconds=message,
+        round_seconds=turn,
+        piece_setup=piece_setup,
+        message_setup=message_setup,
     )
 
 
-def _each(
-    world: World, clock: Clock, shape: ModelShape, dtype: torch.dtype, group: tuple[int, ...]
-) -> tuple[float, float]:
-    """Seconds that one sequence more costs at the same tokens: in a layer, forward and backward; and once a micro-batch."""
-    length = 2 * len(group) * (MANY // FEW)
-    layers, setups = [], []
-    for documents in (FEW, MANY):
-        make = micro_batch(world, [torch.zeros(length * FEW // documents, dtype=torch.int64)] * documents, group)
-        layers.append(_layer(world, shape, dtype, make()))
-        key = LayerKey(
-            heads=HeadCount(query=shape.heads, key=shape.kv_heads), head_dim=shape.head_dim, dtype=dtype, mask=Mask()
-        )
-
-        def prepare(make: Callable[[], MicroBatchInputs] = make, key: LayerKey = key) -> None:
-            inputs = make()
-            for backward in (False, True):
-                inputs.route.program(key, backward)
-
-        setups.append(prepare)
-    more = MANY - FEW
-    return _difference(world, clock, layers) / more, _difference(world, clock, setups) / more
+def _make(world: World, case: Case) -> Callable[[], MicroBatchInputs]:
+    """Documents that leave each rank as many tokens in all cases."""
+    length = 2 * len(case.groups[0]) * (MANY // FEW) * FEW // len(case.groups)
+    return micro_batch(world, [torch.zeros(length, dtype=torch.int64)] * len(case.groups), case.groups)
 
 
-def micro_batch(world: World, documents: list[Tensor], group: tuple[int, ...]) -> Callable[[], MicroBatchInputs]:
-    """Makes the inputs of one micro-batch of ``documents`` on ``group``, each time anew as in training."""
+def _setup(shape: ModelShape, dtype: torch.dtype, make: Callable[[], MicroBatchInputs]) -> Callable[[], None]:
+    """Makes the programs of one micro-batch, both directions."""
+    heads = HeadCount(query=shape.heads, key=shape.kv_heads)
+    key = LayerKey(heads=heads, head_dim=shape.head_dim, dtype=dtype, mask=Mask())
+
+    def run() -> None:
+        inputs = make()
+        for backward in (False, True):
+            inputs.route.program(key, backward)
+
+    return run
+
+
+def fitted(world: World, counts: np.ndarray, times: Sequence[Sequence[float]]) -> list[float]:
+    """Seconds of each thing that is counted, none negative: least squares over the cases of all ranks, the same on each.
+
+    ``counts``: [cases, things], this rank's; ``times``: of each case, in each turn. What all cases of a turn have in common, a
+    slower machine in that turn above all, falls out.
+    """
+    each = np.array(times)
+    seconds = np.median(each - each.mean(axis=0), axis=1)
+    seconds, counts = seconds - seconds.mean(), counts - counts.mean(axis=0)
+    things = counts.shape[1]
+    sums = torch.from_numpy(np.append((counts.T @ counts).ravel(), counts.T @ seconds))
+    dist.all_reduce(sums, group=world.control)
+    matrix, vector = sums[: things * things].reshape(things, things).numpy(), sums[things * things :].numpy()
+    best, least = np.zeros(things), 0.0
+    for number in range(things, 0, -1):  # the best subset whose terms are not negative
+        for chosen in combinations(range(things), number):
+            terms = np.zeros(things)
+            terms[list(chosen)] = np.linalg.lstsq(matrix[np.ix_(chosen, chosen)], vector[list(chosen)], rcond=1e-9)[0]
+            error = float(terms @ matrix @ terms - 2 * terms @ vector)
+            if terms.min() >= 0 and error < least - 1e-9 * abs(least):
+                best, least = terms, error
+    return [float(term) for term in best]
+
+
+def micro_batch(world: World, documents: list[Tensor], groups: Sequence[Group]) -> Callable[[], MicroBatchInputs]:
+    """Makes the inputs of one micro-batch of ``documents`` on ``groups``, each time anew as in training."""
     lengths = np.array([len(d) for d in documents], dtype=np.int64)
     plan = Plan.from_groups(
         lengths,
-        [group] * len(documents),
+        list(groups),
         [0] * len(documents),
         world_size=world.world_size,
         capacity=int(lengths.sum()),
@@ -124,8 +187,8 @@ def _layer(world: World, shape: ModelShape, dtype: torch.dtype, inputs: MicroBat
     return run
 
 
-def _difference(world: World, clock: Clock, runs: Sequence[Callable[[], None]]) -> float:
-    """How much longer the second takes the host, on all ranks at once and equally often; median of some turns."""
+def _times(world: World, clock: Clock, runs: Sequence[Callable[[], None]]) -> list[list[float]]:
+    """Seconds that each takes the host, in some turns; all ranks run one at once and equally often."""
 
     def timed(run: Callable[[], None], times: int, clock: Clock = clock) -> float:
         dist.barrier(group=world.control)
@@ -136,11 +199,8 @@ def _difference(world: World, clock: Clock, runs: Sequence[Callable[[], None]]) 
 
     for run in runs:
         run()
-    once = torch.tensor([max(timed(run, 1, time.perf_counter) for run in runs)], dtype=torch.float64)
-    dist.all_reduce(once, group=world.control)
-    times = max(int(SECONDS * world.world_size / max(float(once), 1e-9)), 1)
-    differences = []
-    for _ in range(TURNS):
-        few, many = (timed(run, times) for run in runs)
-        differences.append(many - few)
-    return statistics.median(differences)
+    once = torch.tensor([timed(run, 1, time.perf_counter) for run in runs], dtype=torch.float64)
+    dist.all_reduce(once, op=dist.ReduceOp.MAX, group=world.control)
+    repeats = [max(int(SECONDS / max(seconds, 1e-9)), 1) for seconds in once.tolist()]
+    turns = [[timed(run, times) for run, times in zip(runs, repeats, strict=True)] for _ in range(TURNS)]
+    return [list(times) for times in zip(*turns, strict=True)]

@@ -11,14 +11,7 @@ from hdp.balance.models import ModelShape
 from hdp.balance.plan import PlanError
 from hdp.balance.topology import Topology
 
-NUMBERS = (
-    "parameter_bytes",
-    "gradient_bytes",
-    "gather_bandwidth",
-    "reduce_bandwidth",
-    "stage_token_bytes",
-    "round_seconds",
-)
+NUMBERS = ("parameter_bytes", "gradient_bytes", "gather_bandwidth", "reduce_bandwidth", "stage_token_bytes")
 SHARDINGS = ("none", "replicated", "sharded")
 
 
@@ -52,10 +45,8 @@ class Cluster:
     """Bytes per second of an all-gather over all ranks, where it was measured; 0: from the links."""
     reduce_bandwidth: float = 0.0
     """The same of a reduce-scatter."""
-    round_seconds: float = 0.0
-    """Time of the host for one round of one layer's attention program."""
     host: HostCosts = NO_HOST_COSTS
-    """What each tile and each message costs the host, as ``hdp profile`` measures it."""
+    """What rounds, messages and tiles of attention cost the host, as ``hdp profile`` measures it."""
     shape: ModelShape | None = None
     """The model's shape, for schedules other than the ring, whose bytes depend on its heads."""
     element_bytes: int = 2

@@ -54,6 +54,7 @@ class Simulation:
     """[NICs] ticks in which it sends messages of attention."""
     events: int
     messages: int
+    """Sent by all ranks in all pieces: what goes from one rank to another in one round and lane, inputs and sums apart."""
     pieces: int
     """Pieces that the layers of a pass were run in."""
     most_rounds: int
@@ -183,9 +184,11 @@ def _machine(costs: Costs, cluster: Cluster, layers: int) -> dict[str, Any]:
         "nic": np.tile(nic, stages) + stage * topology.nodes * nics,
         "latency_within": costs.latency[0] // stages,
         "latency_across": costs.latency[1] // stages,
-        "round_ticks": round(cluster.round_seconds * layers / TICK),
+        "round_ticks": round(cluster.host.round_seconds * layers / TICK),
         "piece_ticks": round(cluster.host.piece_seconds * layers / TICK),
         "message_ticks": round(cluster.host.message_seconds * layers / TICK),
+        "piece_setup": round(cluster.host.piece_setup / TICK),
+        "message_setup": round(cluster.host.message_setup / TICK),
         **_collectives(cluster, layers),
         "blocking": int(cluster.blocking),
         "overlap": float(cluster.overlap),

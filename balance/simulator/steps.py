@@ -34,7 +34,7 @@ class MicroBatches:
     copy: IntArray
     """[micro-batches]: copies of what is offloaded, one way."""
     setup: IntArray
-    """Making the programs of attention, on every stage."""
+    """Making the programs of whole sequences' attention, on every stage."""
     is_closing: IntArray
     """[micro-batches]: 1 for the dummy in which gradients are reduced."""
 
@@ -46,7 +46,7 @@ class Exchanges:
     kind: list[int] = field(default_factory=list)
     area: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
-    """Sequences that an entry stands for: their tiles and messages are counted one by one."""
+    """Sequences that an entry stands for: their tiles are counted one by one, their messages together."""
     unit: list[NDArray[np.float64]] = field(default_factory=list)
     groups: list[IntArray] = field(default_factory=list)
     slot: list[int] = field(default_factory=list)
@@ -99,7 +99,7 @@ def micro_batches(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -
     whole = group == 1
     piece = round(cost.layers * cluster.host.piece_seconds / TICK)
     local = np.stack([total(np.where(whole, costs.attention[phase][sequences] + piece, 0)) for phase in (0, 1)])
-    setup = np.stack([total(_setup_ticks(group, bool(phase), cluster)) for phase in (0, 1)])
+    setup = np.stack([total(np.where(whole, round(cluster.host.piece_setup / TICK), 0))] * 2)
     tokens = total(costs.lengths[sequences] // group + (members < costs.lengths[sequences] % group))
     slot, models = unique % (slots + 1), slot_costs(plan, cost)
     layers = np.array([models.get(k, cost).recomputed for k in range(slots)] + [0])  # the closing slot has none
@@ -122,12 +122,6 @@ def micro_batches(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -
 def _head_ticks(cost: CostModel, costs: Costs) -> IntArray:
     ticks = np.rint(costs.lengths * (cost.head * (1.0 + cost.backward_linear)) / TICK).astype(np.int64)
     return np.minimum(ticks, costs.linear)
-
-
-def _setup_ticks(group: IntArray, backward: bool, cluster: Cluster) -> IntArray:
-    """Ticks of each member of each sequence; ``group``: their ranks. Other schedules count as a ring."""
-    by_size = [cluster.host.setup_seconds(n, backward) for n in range(int(group.max(initial=0)) + 1)]
-    return np.rint(np.array(by_size) / TICK).astype(np.int64)[group]
 
 
 def _passes(ticks: IntArray, cost: CostModel) -> IntArray:

@@ -10,6 +10,7 @@ import numpy as np
 from hdp.attention.counts import Sizes, count
 from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
+from hdp.attention.messages import messages
 from hdp.attention.program import HeadCount
 from hdp.attention.schedules import get_pair, get_schedule, lay_out
 from hdp.balance.models import ModelShape
@@ -42,28 +43,32 @@ def table(
     rounds = max(len(c.steps) for c in counts)
     total = sum(c.area for c in counts)
     area = np.zeros((size, rounds))
-    pieces, tensors = np.zeros((2, size, rounds), dtype=np.int64)
-    send_first, messages = [0], []
+    pieces = np.zeros((size, rounds), dtype=np.int64)
+    send_first, sent = [0], []
     for m in range(size):
         steps = counts[m].steps
         for k in range(rounds):
             if k < len(steps):
                 area[m, k] = steps[k].area / total
-                pieces[m, k], tensors[m, k] = len(programs[m].steps[k].tiles), steps[k].messages
-                messages += [(k, m, to, sent / length) for to, sent in sorted(steps[k].sent.items())]
-            send_first.append(len(messages))
-    by_receiver = sorted(range(len(messages)), key=lambda i: (messages[i][2], messages[i][0], i))
-    keys = np.array([messages[i][2] * rounds + messages[i][0] for i in by_receiver], dtype=np.int64)
+                step = programs[m].steps[k]
+                pieces[m, k] = len(step.tiles)
+                for mail in messages(step.sends):
+                    channel = 2 * mail[0].lane + mail[0].kind.is_accumulator
+                    weight = sum(sizes.of(t, place) for t in mail) / length
+                    sent.append((k, m, mail[0].peer, channel, weight))
+            send_first.append(len(sent))
+    by_receiver = sorted(range(len(sent)), key=lambda i: (sent[i][2], sent[i][0], i))
+    keys = np.array([sent[i][2] * rounds + sent[i][0] for i in by_receiver], dtype=np.int64)
     return {
         "size": size,
         "rounds": rounds,
         "area": area.ravel(),
         "pieces": pieces.ravel(),
-        "messages": tensors.ravel(),
         "send_first": np.array(send_first, dtype=np.int64),
-        "from": np.array([m[1] for m in messages], dtype=np.int64),
-        "to": np.array([m[2] for m in messages], dtype=np.int64),
-        "weight": np.array([m[3] for m in messages], dtype=np.float64),
+        "from": np.array([m[1] for m in sent], dtype=np.int64),
+        "to": np.array([m[2] for m in sent], dtype=np.int64),
+        "channel": np.array([m[3] for m in sent], dtype=np.int64),
+        "weight": np.array([m[4] for m in sent], dtype=np.float64),
         "receive_first": np.searchsorted(keys, np.arange(size * rounds + 1)).astype(np.int64),
         "received": np.array(by_receiver, dtype=np.int64),
     }

@@ -177,6 +177,7 @@ def describe(measured: Profile, shape: CostModel) -> str:
         ("message", host.message_seconds, host.message_setup),
     ):
         lines.append(f"host, each {label}: {1e6 * each:.3g} us a layer, {1e6 * setup:.3g} us a micro-batch")
+    lines.append(f"host, each round: {1e6 * host.round_seconds:.3g} us a layer")
     if measured.sharding_seconds:
         lines.append(f"host, sharding (FSDP2): {1e3 * measured.sharding_seconds:.3g} ms a step")
     if host.quota_period:

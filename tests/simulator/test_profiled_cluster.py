@@ -149,19 +149,13 @@ def test_the_command_says_where_a_profile_was_measured(tmp_path: Path, capsys: p
     assert "measured on 2 ranks, 2 a node, not 4, 1 a node" in capsys.readouterr().out
 
 
-def test_older_files_are_read(tmp_path: Path):
-    """Without what was not measured then; whether parameters were fp32 or bf16 is seen from the bytes of a ring."""
-    for element, backward in ((4, 512.0), (2, 768.0)):
-        measured = replace(MEASURED, element_bytes=element, cost=replace(MEASURED.cost, ring_bytes_backward=backward))
-        measured.write(tmp_path / "p.json")
-        assert Profile.read(tmp_path / "p.json") == measured
-        fields = json.loads((tmp_path / "p.json").read_text())
-        for name in ("element_bytes", "root_share", "shape"):
-            del fields[name]
-        (tmp_path / "p.json").write_text(json.dumps(fields))
-        old = Profile.read(tmp_path / "p.json")
-        assert old == replace(measured, root_share=0.0, shape=None)
-        assert Cluster.of_profile(old).parameter_bytes == element * 1e6
+def test_older_files_are_refused(tmp_path: Path):
+    """What they say of messages was each document's."""
+    MEASURED.write(tmp_path / "p.json")
+    fields = json.loads((tmp_path / "p.json").read_text())
+    (tmp_path / "p.json").write_text(json.dumps({**fields, "format": 1}))
+    with pytest.raises(PlanError, match=r"p\.json' is a profile of another version, .* run hdp profile again"):
+        Profile.read(tmp_path / "p.json")
 
 
 def test_more_layers_have_more_parameters():

@@ -326,7 +326,7 @@ def test_worlds_of_one_and_of_16384():
         ({"stages": 3}, "4 layers do not divide into 3 stages"),
         ({"ranks_per_nic": 0}, "ranks_per_nic is 0"),
         ({"overlap": 1.5}, "overlap is 1.5"),
-        ({"round_seconds": -1.0}, "round_seconds is -1.0"),
+        ({"stage_token_bytes": -1.0}, "stage_token_bytes is -1.0"),
     ],
 )
 def test_refuses(fields: dict[str, object], message: str):
