@@ -104,6 +104,7 @@ class Chooser:
             layout=layout,
             nodes=nodes,
             kept_limit=self.kept_limit,
+            widens=geometry.widens,
             forward=fixed[0],
             backward=fixed[1],
         )

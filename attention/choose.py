@@ -26,6 +26,7 @@ from functools import lru_cache
 
 from hdp.attention.costs import cost
 from hdp.attention.counts import Sizes, StepCount, count
+from hdp.attention.footprint import arena_bytes
 from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
@@ -105,7 +106,7 @@ class Prediction:
     sent_bytes: float
     """Of the member that sends most."""
     peak_bytes: float
-    """Buffers of the member that holds most; see ``hdp.attention.counts``."""
+    """Buffers of the member that holds most, as ``hdp.attention.counts`` counts them: copies are not among them."""
     kept_bytes: float
     """From forward to backward, at the member that keeps most."""
     messages: int
@@ -155,7 +156,9 @@ class Case:
     kept_limit: float | None = None
     """Bytes a layer may keep from forward to backward beside a member's own shard; None: any."""
     peak_limit: float | None = None
-    """Bytes of buffers that may be held at a time; None: any."""
+    """Bytes of the arena that may be used, copies included; None: any. What is chosen is lowered to find out."""
+    widens: bool = False
+    """As ``hdp.attention.lowered.Geometry.widens``: kernels read inputs in the dtype of sums. For ``peak_limit``."""
     allowed: tuple[str, ...] | None = None
     """Schedules to choose among; None: all that serve the group."""
     forward: str | None = None
@@ -186,19 +189,22 @@ def _round(length: int, bits: int) -> int:
 
 @lru_cache(maxsize=65536)
 def _choose(case: Case) -> Choice:
-    pairs = []
     forward = [predict(name, case, backward=False) for name in candidates(case, backward=False)]
     backward = [predict(name, case, backward=True) for name in candidates(case, backward=True)]
-    for f in forward:
-        for b in backward:
-            if _fits(case, f, b):
-                pairs.append(Choice(forward=f, backward=b))
-    if not pairs:
-        least = min((p.peak_bytes for p in forward + backward), default=0)
-        raise ValueError(
-            f"no schedule for about {case.length} tokens over {case.size} ranks keeps within peak_limit={case.peak_limit} and"
-            f" kept_limit={case.kept_limit} bytes: the least buffer is {least:.0f} bytes; use more ranks"
-        )
+    pairs = [Choice(forward=f, backward=b) for f in forward for b in backward if _fits(case, f, b)]
+    while pairs:
+        chosen = _cheapest(pairs)
+        if case.peak_limit is None or _arena(case, chosen) <= case.peak_limit:
+            return chosen
+        pairs.remove(chosen)  # lowered only now, for that takes far longer than counting
+    least = min((p.peak_bytes for p in forward + backward), default=0)
+    raise ValueError(
+        f"no schedule for about {case.length} tokens over {case.size} ranks keeps within peak_limit={case.peak_limit} and"
+        f" kept_limit={case.kept_limit} bytes: the least buffer is {least:.0f} bytes, without copies; use more ranks"
+    )
+
+
+def _cheapest(pairs: list[Choice]) -> Choice:
     best = min(p.seconds for p in pairs)
     sparing = min((p for p in pairs if p.seconds <= best * MARGIN), key=lambda p: p.sent_bytes)
     close = (p for p in pairs if p.seconds <= best * FEWER_SLICES and _unsliced(p) == _unsliced(sparing))
@@ -211,6 +217,7 @@ def _unsliced(pair: Choice) -> tuple[str, ...]:
 
 
 def _fits(case: Case, forward: Prediction, backward: Prediction) -> bool:
+    """Whether the two go together and keep within the limits, as far as buffers are counted."""
     if backward.kept_bytes and forward.name != backward.name:
         return False
     if not _is_pair(forward.name, backward.name):
@@ -218,6 +225,48 @@ def _fits(case: Case, forward: Prediction, backward: Prediction) -> bool:
     if case.kept_limit is not None and backward.kept_bytes > case.kept_limit:
         return False
     return case.peak_limit is None or max(forward.peak_bytes, backward.peak_bytes) <= case.peak_limit
+
+
+def _arena(case: Case, pair: Choice) -> int:
+    """Bytes of the arena that the pair takes, at the longest length that is rounded to this one, in whole chunks."""
+    if case.size == 1:
+        return 0
+    static = _static(case)
+    if not static[2]:
+        return 0
+    own = pair.forward.name == pair.backward.name
+    found = max(_lowered(p.name, d, own, static, case.widens) for d, p in enumerate((pair.forward, pair.backward)))
+    longest = case.length + (1 << max(case.length.bit_length() - SIGNIFICANT_BITS, 0)) - 1
+    return math.ceil(found * (longest + 2 * case.size) / static[2])
+
+
+@lru_cache(maxsize=4096)
+def _lowered(name: str, backward: int, own: bool, static: Static, widens: bool) -> int:
+    """``own``: whether the other direction has the same schedule, and what one keeps the other finds."""
+    layout, size, length, heads, sizes, mask = static
+    other = name if own else "token_ring" if name == "direct" else "direct"
+    return arena_bytes(
+        (other, name) if backward else (name, other),
+        backward=bool(backward),
+        layout=layout,
+        length=length,
+        size=size,
+        members=_members(size, is_closed=False),
+        heads=heads,
+        sizes=sizes,
+        mask=mask,
+        widens=widens,
+    )
+
+
+def _static(case: Case) -> Static:
+    """What decides programs, at one of the few lengths at which they are walked: bytes grow with the length, areas with its
+    square or, under a window, with it."""
+    mask = case.mask
+    if mask.window is not None and mask.window >= case.length:
+        mask = Mask(causal=mask.causal)
+    reference = 2 * case.size * REFERENCE_CHUNK if mask.window is None else _round(case.length, WINDOW_BITS)
+    return case.layout, case.size, reference, case.heads, case.sizes, mask
 
 
 @lru_cache(maxsize=4096)
@@ -259,14 +308,10 @@ def _inside_nodes(case: Case, width: int) -> bool:
 
 def predict(name: str, case: Case, *, backward: bool) -> Prediction:
     """Time, bytes and memory of one schedule, wanted or not; what :func:`choose` compares."""
-    mask = case.mask
-    if mask.window is not None and mask.window >= case.length:
-        mask = Mask(causal=mask.causal)
-    # Programs are walked at few lengths: bytes grow with the length, areas with its square or, under a window, with it.
-    reference = 2 * case.size * REFERENCE_CHUNK if mask.window is None else _round(case.length, WINDOW_BITS)
+    static = _static(case)
+    reference, mask = static[2], static[5]
     scale = case.length / reference if reference else 1.0
     areas = scale * scale if mask.window is None else scale
-    static = (case.layout, case.size, reference, case.heads, case.sizes, mask)
     members = _members(case.size, _is_closed(case.layout, mask))
     profiles = [_profile(name, backward, member, static, case.links.kind, case.nodes) for member in members]
     sent, peak, kept = _largest(name, backward, static) or (

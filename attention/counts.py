@@ -13,6 +13,9 @@ The figures that the choice by cost, the planner and the simulator use; ``hdp.at
 their tokens. A kernel call reads queries that lie together and keys that lie together, so a tile takes a call for each
 rectangle of the mask between such blocks.
 
+Copies are no buffers here: what is gathered for a kernel, packed for sending, or kept until it has been sent. The arena holds
+them as well, see ``hdp.attention.footprint``.
+
 What forward keeps for backward is counted apart, and not as a buffer of forward once it is kept: it is in ``kept_bytes``, this
 member's own tokens where they are kept with the others' included.
 """
