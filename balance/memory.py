@@ -61,15 +61,20 @@ def _again_layers(cost: CostModel) -> Fraction:
 
 def recomputed_capacity(capacity: int, cost: CostModel) -> int:
     """Tokens of a micro-batch without offload when ``cost.recomputed`` layers run again; ``capacity``: when none does."""
-    return int(capacity * cost.layers / _saved_layers(cost))
+    return int(recomputed_room(capacity, cost))
 
 
-def capacity_with(capacity: int, layers: int | CostModel, ratio: float) -> int:
+def recomputed_room(capacity: int, cost: CostModel) -> Fraction:
+    """:func:`recomputed_capacity` before it is rounded down, for what goes on counting with it: offload beside it, say."""
+    return capacity * cost.layers / _saved_layers(cost)
+
+
+def capacity_with(capacity: int | Fraction, layers: int | CostModel, ratio: float) -> int:
     """Tokens of a micro-batch that offloads up to ``ratio`` of what its layers may give away; ``capacity``: without offload."""
-    return max(capacity, int(capacity / kept_fraction(layers, ratio)))
+    return int(max(capacity, capacity / kept_fraction(layers, ratio)))
 
 
-def ratio_for(tokens: int, capacity: int, layers: int | CostModel) -> float | None:
+def ratio_for(tokens: int, capacity: int | Fraction, layers: int | CostModel) -> float | None:
     """Smallest ratio at which a micro-batch holds ``tokens``; None when even full offload is not enough."""
     if tokens <= capacity:
         return 0.0
@@ -229,6 +234,6 @@ def fewest_recomputed(tokens: int, capacity: int, cost: CostModel, allowed: floa
         return None
     for layers in range(1, cost.movable_layers + 1):
         model = cost.recomputing(layers)
-        if capacity_with(recomputed_capacity(capacity, model), model, allowed) >= tokens:
+        if capacity_with(recomputed_room(capacity, model), model, allowed) >= tokens:
             return layers
     return None

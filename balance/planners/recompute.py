@@ -23,6 +23,7 @@ from hdp.balance.memory import (
     moved_bytes,
     ratio_for,
     recomputed_capacity,
+    recomputed_room,
     refuse_too_long,
 )
 from hdp.balance.plan import DoesNotFit, Plan
@@ -152,7 +153,7 @@ def _lightest(problem: Problem, sequence: int, again: bool) -> Spread:
     everywhere = problem.cost.recomputed  # under "all", whose capacity has them in it
     for layers in range(everywhere, problem.cost.movable_layers + 1 if again else everywhere + 1):
         cost = problem.cost.recomputing(layers)
-        room = problem.capacity if everywhere else recomputed_capacity(problem.capacity, cost)
+        room = problem.capacity if everywhere else recomputed_room(problem.capacity, cost)
         ratio = ratio_for(share, room, cost)
         if ratio is None or ratio > problem.offload:
             continue

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fuzz import examples
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hdp.balance import CostModel, DoesNotFit, Link, Plan, PlanError, Topology, evaluate, plan
@@ -24,7 +24,7 @@ from hdp.balance.memory import (
     kept_fraction,
     most_moved,
     ratio_for,
-    recomputed_capacity,
+    recomputed_room,
 )
 from hdp.balance.planners import PLANNERS, STOPPED_BY_TIME, auto, make_problem
 from hdp.balance.planners.problem import Problem
@@ -114,6 +114,9 @@ def test_what_fits_no_other_way_recomputes(planner: str, regime: str) -> None:
     host=st.sampled_from([0.0, 1e6, 3e7, 1e8]),
     bandwidth=st.sampled_from([1e7, 1e9, 1e12]),
     kept=st.sampled_from([(1, 1), (0, 1), (3, 2)]),
+)
+@example(  # fits with three layers by less than a token
+    lengths=[7041], regime="step", planner="auto", offload="auto", host=1e8, bandwidth=1e12, kept=(0, 1)
 )
 @examples(200)
 def test_every_plan_fits_and_only_what_cannot_fit_is_refused(
@@ -276,7 +279,7 @@ def test_the_choice_is_by_the_clock_of_plans(length: int, bandwidth: float, worl
     choices = []
     for layers in range(LAYERS - 1):
         model = cost.recomputing(layers)
-        ratio = ratio_for(share, recomputed_capacity(CAPACITY, model), model)
+        ratio = ratio_for(share, recomputed_room(CAPACITY, model), model)
         if ratio is not None:
             choices.append((seconds(layers, ratio), layers, ratio))
     assert min(choices)[0] == pytest.approx(seconds(found.layers, found.ratio), rel=1e-9)
