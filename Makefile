@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -q -c constraints.txt
 NPROC ?= 2
 # Processes that run tests. Most tests wait for ranks of their own, which have the cores meanwhile.
-JOBS ?= 2
+JOBS ?= 3
 # One thread a rank: ranks share the cores, and the same threads give the same bits.
 export OMP_NUM_THREADS ?= 1
 

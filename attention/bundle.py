@@ -112,6 +112,7 @@ class Bundle:
         self._ends: dict[tuple[int, ...], np.ndarray] = {}
         self._borders: dict[tuple[int, ...], dict[int, int]] = {}
         self._bases: dict[tuple[int, ...], np.ndarray] = {}
+        self._counts: dict[tuple[int, ...], int] = {}
 
     @cached_property
     def layout(self) -> Layout:
@@ -140,7 +141,9 @@ class Bundle:
 
     def count(self, chunks: tuple[int, ...]) -> int:
         """Rows of such a tensor."""
-        return int(self.ends(chunks)[:, -1].sum())
+        if chunks not in self._counts:
+            self._counts[chunks] = int(self.ends(chunks)[:, -1].sum())
+        return self._counts[chunks]
 
     def rows(self, chunks: tuple[int, ...], nominal: int, bases: np.ndarray | None = None) -> np.ndarray:
         """[documents]: the row that is ``nominal`` in the nominal document, in a tensor of these chunks.

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from hdp.attention.lowered import FIELDS, NOTHING, Call, Op, Rows
+from hdp import _tables
+from hdp.attention.lowered import NOTHING, Call, Op, Rows
 from hdp.attention.mask import Shape
 from hdp.attention.outlined import RESULT, KernelCall
-from hdp.attention.tables import Tables, coalesced_results, stack
+from hdp.attention.places import Ref
+from hdp.attention.tables import SOURCES, Tables, blank, stack
 
 
 class Launches:
@@ -95,11 +97,10 @@ class Launches:
         refs = [ref for move in call.results if move.op is Op.COPY for ref in move.target]
         tables = []
         for ref in refs:
-            table = np.zeros((len(missing), len(FIELDS)), dtype=np.int64)
-            table[:, 0] = self.tables.nothing(index, ref)
-            table[:, [1, 10, 13]] = -1
-            self.tables.place(table, 4, index, ref)
-            tables.append(table[missing & (table[:, 7] > 0)])
+            row, starts = blank(self.tables.emptying(index, ref).op)
+            stops = self.tables.aim(row, starts, index, (ref,))
+            (begins,) = (s for s in starts if s is not None)
+            tables.append(_tables.expand([(tuple(row), (None, begins[missing]), stops[missing])]))
         return stack(tables)
 
     def _results(
@@ -113,33 +114,25 @@ class Launches:
         heads: tuple[tuple[int, int], tuple[int, int]] | None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Moves of what the launches return, by launch, and where each launch's begin."""
-        components = 3 if self.backward else 2
-        total = len(self.tables.bundles[index].lengths)
-        tables = []
+        written = []
+        before = _before(rows, launch), _before(keys, launch)
         for move in call.results:
-            table = np.zeros((total, len(FIELDS)), dtype=np.int64)
-            table[:, 0] = move.op
-            table[:, 10] = table[:, 13] = -1
-            for at, ref in zip((4, 13), move.target, strict=False):
-                if heads is not None:
-                    ref = replace(ref, heads=heads[self.backward and move.source[0].tensor < RESULT])
-                self.tables.place(table, at, index, ref)
-            table = table[here]
-            for at, ref in zip((1, 10), move.source, strict=False):
+            row, starts = blank(move.op)
+            targets: Sequence[Ref] = move.target
+            if heads is not None:
+                some = heads[self.backward and move.source[0].tensor < RESULT]
+                targets = [replace(ref, heads=some) for ref in targets]
+            stops = self.tables.aim(row, starts, index, targets)[here]
+            chosen = [None if s is None else s[here] for s in starts]
+            for (column, place), ref in zip(SOURCES, move.source, strict=False):
                 component = RESULT - ref.tensor
                 per_key = self.backward and component > 0
                 of = call.inputs[1] if per_key else call.inputs[0]
                 begin = self.tables.rows(index, of, of.start + ref.start) - self.tables.rows(index, of, of.start)
-                table[:, at] = launch * components + component  # counted from the program's last tensor at the end
-                table[:, at + 1] = begin[here] + _before(keys if per_key else rows, launch)
-            tables.append((table, launch))
-        whole = stack([t for t, _ in tables])
-        by_launch = np.concatenate([n for _, n in tables])
-        used = whole[:, 7] > 0
-        order = np.argsort(by_launch[used], kind="stable")
-        whole, by_launch = whole[used][order], by_launch[used][order]
-        whole, by_launch = coalesced_results(whole, by_launch)
-        return whole, np.searchsorted(by_launch, np.arange(int(launch[-1]) + 2))
+                row[column] = component  # that of launch 0; counted from the program's last tensor at the end
+                chosen[place] = begin[here] + before[per_key]
+            written.append((tuple(row), tuple(chosen), stops))
+        return _tables.expand_results(written, launch, 3 if self.backward else 2)
 
     def costs(self, index: int, call: KernelCall) -> np.ndarray:
         """Of each document, query-key pairs times heads."""
@@ -155,7 +148,6 @@ def _area(shape: Shape, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 def _before(counts: np.ndarray, launch: np.ndarray) -> np.ndarray:
     """Rows of the same launch before each document."""
-    ends = np.cumsum(counts)
-    begins = ends - counts
-    first = np.flatnonzero(np.diff(launch, prepend=-1))
-    return begins - begins[first][launch]
+    begins = np.cumsum(counts) - counts
+    first = np.searchsorted(launch, launch)
+    return begins - begins[first]

@@ -149,7 +149,7 @@ class _Lowering:
         names = dict.fromkeys(piece.name for _, mail in parts for piece in mail.pieces)
         terms = 0
         for index, mail in parts:
-            terms = zlib.crc32(repr(mail.content).encode(), zlib.crc32(self._terms[index], terms))
+            terms = zlib.crc32(mail.content, zlib.crc32(self._terms[index], terms))
         more = sum(len(self.bundles[index].sequences) for index, _ in parts) - 1
         what = "+".join(names) + (f" (and of {more} more)" if more else "")
         sequence = int(self.bundles[parts[0][0]].sequences[0])

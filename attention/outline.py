@@ -276,5 +276,5 @@ class _Outliner:
 
 def _mail(transfers: Sequence[Transfer], pieces: Iterable[Piece]) -> Mail:
     first = transfers[0]
-    content = tuple(f"{t.kind.value} {t.chunks} {t.heads} {t.final}" for t in transfers)
+    content = "; ".join(f"{t.kind.value} {t.chunks} {t.heads} {t.final}" for t in transfers).encode()
     return Mail(first.peer, first.lane, first.kind.is_accumulator, tuple(pieces), content)

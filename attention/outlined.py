@@ -59,7 +59,7 @@ class Mail:
     lane: int
     is_sum: bool
     pieces: tuple[Piece, ...]
-    content: tuple[str, ...]
+    content: bytes
     """What both ends must mean alike."""
     late: bool = False
     """Receive: see [Note: late] in ``hdp.attention.lowered``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hdp.attention.arena import ALIGNMENT, pack_arena
 from hdp.attention.lowered import Buffer, Space, Width
@@ -57,7 +57,8 @@ class Spaces:
         found = []
         for number, buffer in enumerate(self.buffers, start=len(self.tables.externals)):
             root = self.root_of[number]
-            found.append(replace(buffer, offset=root.at + self.inside[number], kept=root.kept))
+            at = root.at + self.inside[number]
+            found.append(Buffer(at, buffer.rows, buffer.heads, buffer.has_dim, buffer.width, root.kept))
         return tuple(found)
 
     def _bytes(self, buffer: Buffer) -> int:

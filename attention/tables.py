@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from hdp import _tables
 from hdp.attention.bundle import Bundle
 from hdp.attention.lowered import FIELDS, NOTHING, Geometry, Op, Width
 from hdp.attention.outlined import RESULT, Move, Outline
@@ -73,81 +74,76 @@ class Tables:
 
     def rows(self, index: int, ref: Ref, nominal: int) -> np.ndarray:
         """The row of each document that is ``nominal`` in the nominal one."""
-        tensor = self.tensor(index, ref.tensor)
-        return self.bundles[index].rows(tensor.chunks, nominal, tensor.bases)
+        key = index, ref.tensor, nominal
+        if key not in self._rows:
+            tensor = self.tensor(index, ref.tensor)
+            self._rows[key] = self.bundles[index].rows(tensor.chunks, nominal, tensor.bases)
+        return self._rows[key]
+
+    @cached_property
+    def _rows(self) -> dict[tuple[int, int, int], np.ndarray]:
+        return {}
 
     def empties(self) -> np.ndarray:
         return stack([self.fills(i, o.empties) for i, o in enumerate(self.outlines)])
 
     def fills(self, index: int, refs: Iterable[Ref]) -> np.ndarray:
-        return self.table((index, Move(self.nothing(index, ref), (), (ref,))) for ref in refs)
+        return self.table((index, self.emptying(index, ref)) for ref in refs)
 
-    def nothing(self, index: int, ref: Ref) -> Op:
-        return Op.EMPTY if self.tensor(index, ref.tensor).is_lse else Op.ZERO
+    def emptying(self, index: int, ref: Ref) -> Move:
+        return Move(Op.EMPTY if self.tensor(index, ref.tensor).is_lse else Op.ZERO, (), (ref,))
 
     def table(self, moves: Iterable[tuple[int, Move]], made: tuple[int, Tensor] | None = None) -> np.ndarray:
         """Rows of all documents of some moves. ``made``: the tensor that RESULT stands for as a target."""
-        return stack([self._expanded(index, move, made) for index, move in moves])
+        written = [self._written(index, move, made) for index, move in moves]
+        return _tables.expand(written) if written else NOTHING
 
-    def _expanded(self, index: int, move: Move, made: tuple[int, Tensor] | None) -> np.ndarray:
-        table = np.zeros((len(self.bundles[index].lengths), len(FIELDS)), dtype=np.int64)
-        table[:, 0] = move.op
-        table[:, 10] = table[:, 13] = -1
-        for columns, refs in (((1, 10), move.source), ((4, 13), move.target)):
-            for at, ref in zip(columns, refs, strict=False):
-                self.place(table, at, index, ref, made if ref.tensor == RESULT else None)
-        return coalesced(table[table[:, 7] > 0])
+    def _written(self, index: int, move: Move, made: tuple[int, Tensor] | None) -> WrittenMove:
+        row, starts = blank(move.op)
+        for (column, place), ref in zip(SOURCES, move.source, strict=False):
+            row[column] = self.number(index, ref.tensor)
+            row[column + 2] = ref.heads[0] if ref.heads else 0
+            starts[place] = self.rows(index, ref, ref.start)
+        stops = self.aim(row, starts, index, move.target, made)
+        return tuple(row), tuple(starts), stops
 
-    def place(self, table: np.ndarray, at: int, index: int, ref: Ref, made: tuple[int, Tensor] | None = None) -> None:
-        """Fills in a tensor of each document's move, from column ``at``, and the rows and heads that it decides."""
-        number, tensor = made or (self.number(index, ref.tensor), self.tensor(index, ref.tensor))
-        bundle = self.bundles[index]
-        starts = bundle.rows(tensor.chunks, ref.start, tensor.bases)
-        heads = ref.heads or (0, tensor.heads)
-        table[:, at], table[:, at + 1], table[:, at + 2] = number, starts, heads[0]
-        if at in (1, 4):
-            table[:, 7] = bundle.rows(tensor.chunks, ref.stop, tensor.bases) - starts
-            table[:, 8], table[:, 9] = heads[1] - heads[0], tensor.has_dim
+    def aim(
+        self,
+        row: list[int],
+        starts: list[np.ndarray | None],
+        index: int,
+        targets: Sequence[Ref],
+        made: tuple[int, Tensor] | None = None,
+    ) -> np.ndarray:
+        """Fills in a move's targets, and the heads of the first of them; the rows at which each document ends there."""
+        for (column, place), ref in zip(TARGETS, targets, strict=False):
+            if made is not None and ref.tensor == RESULT:
+                row[column], tensor = made
+                rows, stops = (self.bundles[index].rows(tensor.chunks, n) for n in (ref.start, ref.stop))
+            else:
+                row[column], tensor = self.number(index, ref.tensor), self.tensor(index, ref.tensor)
+                rows, stops = self.rows(index, ref, ref.start), self.rows(index, ref, ref.stop)
+            first, last = ref.heads or (0, tensor.heads)
+            row[column + 2], starts[place] = first, rows
+            if place == 1:
+                row[8], row[9], ends = last - first, tensor.has_dim, stops
+        return ends
+
+
+SOURCES, TARGETS = ((1, 0), (10, 2)), ((4, 1), (13, 3))
+"""Of each source, and of each target: the column of its number, and its place among a written move's arrays."""
+WrittenMove = tuple[tuple[int, ...], tuple[np.ndarray | None, ...], np.ndarray]
+"""A row of the table without rows; the first row of each document in each tensor; where they end in the target."""
+
+
+def blank(op: Op) -> tuple[list[int], list[np.ndarray | None]]:
+    """A move without tensors."""
+    row = [0] * len(FIELDS)
+    row[0] = int(op)
+    row[1] = row[10] = row[13] = -1
+    return row, [None] * 4
 
 
 def stack(tables: Sequence[np.ndarray]) -> np.ndarray:
     tables = [t for t in tables if len(t)]
     return np.concatenate(tables) if tables else NOTHING
-
-
-_CONSTANT = [0, 1, 3, 4, 6, 8, 9, 10, 12, 13, 15]
-_ROWS = [2, 5, 11, 14]
-
-
-def _follows(table: np.ndarray) -> np.ndarray:
-    """Whether each move but the first goes on where the one before it ends, in all its tensors."""
-    joins = (table[1:, _CONSTANT] == table[:-1, _CONSTANT]).all(axis=1)
-    return joins & (table[1:, _ROWS] - table[:-1, _ROWS] == _steps(table)).all(axis=1)
-
-
-def _steps(table: np.ndarray) -> np.ndarray:
-    """By how much each row field grows from one move to the next: by its rows, or not at all where there is no tensor."""
-    has = np.stack([table[:-1, 1] >= 0, table[:-1, 4] >= 0, table[:-1, 10] >= 0, table[:-1, 13] >= 0], axis=1)
-    return np.where(has, table[:-1, 7:8], 0)
-
-
-def coalesced(table: np.ndarray) -> np.ndarray:
-    """The same moves; those that go on where the one before ends are one."""
-    if len(table) < 2:
-        return table
-    first = np.flatnonzero(np.concatenate([[True], ~_follows(table)]))
-    if len(first) == len(table):
-        return table
-    joined = table[first].copy()
-    joined[:, 7] = np.add.reduceat(table[:, 7], first)
-    return joined
-
-
-def coalesced_results(table: np.ndarray, launch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`coalesced`, with the launch of each move that is left."""
-    if len(table) < 2:
-        return table, launch
-    first = np.flatnonzero(np.concatenate([[True], ~_follows(table)]))
-    joined = table[first].copy()
-    joined[:, 7] = np.add.reduceat(table[:, 7], first)
-    return joined, launch[first]

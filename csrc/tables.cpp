@@ -1,0 +1,128 @@
+// Tables of moves (see csrc/rows.cpp, which runs them): moves of one bundle of documents written out for each document.
+//
+// A move says which tensors it joins; arrays say at which row of each of them every document begins, and where it ends in the
+// target. Moves that go on where the one before ends become one.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr int kFields = 16;
+using Row = std::array<int64_t, kFields>;
+enum Field { kOp, kSource, kSourceRow, kSourceHead, kTarget, kTargetRow, kTargetHead, kRows, kHeads, kHasDim,
+             kSource2, kSource2Row, kSource2Head, kTarget2, kTarget2Row, kTarget2Head };
+
+// Each tensor of a move: its number's column and its row's. The target comes second.
+constexpr std::array<std::array<int, 2>, 4> kTensors{
+    {{kSource, kSourceRow}, {kTarget, kTargetRow}, {kSource2, kSource2Row}, {kTarget2, kTarget2Row}}};
+
+using Rows = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+
+struct Move {
+  Row row;
+  std::array<Rows, 4> starts;  // by tensor; empty where there is none
+  Rows stops;
+};
+
+bool is_row_field(int field) {
+  return std::any_of(kTensors.begin(), kTensors.end(), [&](const auto& t) { return t[1] == field; });
+}
+
+// Whether `next` goes on where `last` ends, in all its tensors.
+bool follows(const Row& last, const Row& next) {
+  for (int field = 0; field < kFields; ++field)
+    if (field != kRows && !is_row_field(field) && last[field] != next[field]) return false;
+  for (const auto& [number, row] : kTensors)
+    if (next[row] - last[row] != (last[number] >= 0 ? last[kRows] : 0)) return false;
+  return true;
+}
+
+std::vector<Move> parse(const py::list& moves) {
+  std::vector<Move> parsed;
+  parsed.reserve(moves.size());
+  for (const py::handle one : moves) {
+    const auto& [row, starts, stops] = one.cast<std::tuple<py::tuple, py::tuple, Rows>>();
+    Move& move = parsed.emplace_back();
+    if (row.size() != kFields || starts.size() > kTensors.size()) throw std::invalid_argument("tables: no move");
+    for (int field = 0; field < kFields; ++field) move.row[field] = row[field].cast<int64_t>();
+    for (size_t n = 0; n < starts.size(); ++n) {
+      if (starts[n].is_none()) continue;
+      move.starts[n] = starts[n].cast<Rows>();
+      if (move.starts[n].size() != stops.size()) throw std::invalid_argument("tables: unlike numbers of documents");
+    }
+    move.stops = stops;
+    if (move.starts[1].size() != stops.size()) throw std::invalid_argument("tables: a move without a target");
+  }
+  return parsed;
+}
+
+// One document of a move, added to the rows that belong together from `first` on.
+void add(std::vector<Row>& table, size_t first, const Move& move, int64_t document, int64_t launch) {
+  const int64_t count = move.stops.at(document) - move.starts[1].at(document);
+  if (count <= 0) return;
+  Row row = move.row;
+  row[kRows] = count;
+  for (size_t n = 0; n < kTensors.size(); ++n)
+    if (move.starts[n].size()) row[kTensors[n][1]] = move.starts[n].at(document);
+  if (launch > 0) {
+    row[kSource] += launch;
+    if (row[kSource2] >= 0) row[kSource2] += launch;
+  }
+  if (table.size() > first && follows(table.back(), row)) {
+    table.back()[kRows] += count;
+  } else {
+    table.push_back(row);
+  }
+}
+
+py::array_t<int64_t> as_array(const std::vector<Row>& table) {
+  py::array_t<int64_t> found({static_cast<py::ssize_t>(table.size()), static_cast<py::ssize_t>(kFields)});
+  if (!table.empty()) std::copy_n(table.front().data(), table.size() * kFields, found.mutable_data());
+  return found;
+}
+
+// Moves, each document by document.
+py::array_t<int64_t> expand(const py::list& moves) {
+  std::vector<Row> table;
+  for (const Move& move : parse(moves))
+    for (int64_t document = 0; document < move.stops.size(); ++document) add(table, 0, move, document, 0);
+  return as_array(table);
+}
+
+// Moves of what launches return: launch by launch all moves, each document by document. `launch`: that of each document,
+// ascending. Returns the table and the [launches + 1] rows at which each launch's begin.
+py::tuple expand_results(const py::list& moves, const Rows& launch, int64_t components) {
+  const std::vector<Move> parsed = parse(moves);
+  const int64_t documents = launch.size();
+  for (const Move& move : parsed)
+    if (move.stops.size() != documents) throw std::invalid_argument("tables: unlike numbers of documents");
+  std::vector<Row> table;
+  std::vector<int64_t> bounds{0};
+  for (int64_t first = 0, last = 0; first < documents; first = last) {
+    const int64_t number = launch.at(first);
+    while (last < documents && launch.at(last) == number) ++last;
+    const size_t begin = table.size();
+    for (const Move& move : parsed)
+      for (int64_t document = first; document < last; ++document) add(table, begin, move, document, number * components);
+    bounds.push_back(static_cast<int64_t>(table.size()));
+  }
+  py::array_t<int64_t> ends(static_cast<py::ssize_t>(bounds.size()));
+  std::copy(bounds.begin(), bounds.end(), ends.mutable_data());
+  return py::make_tuple(as_array(table), ends);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_tables, m) {
+  m.doc() = "Tables of moves for all documents of a bundle.";
+  m.def("expand", &expand, "Moves written out for each document, those that follow each other joined.");
+  m.def("expand_results", &expand_results, "The same for what kernel launches return, launch by launch.");
+}
