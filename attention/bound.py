@@ -90,6 +90,7 @@ class Bound:
         self._offsets = np.array([0] * self._first + [b.offset for b in lowered.buffers], dtype=np.int64)
         self._address = -1
         self._arena_views: dict[int, list[Tensor]] = {}
+        self._arena_spaces: dict[tuple[int, int], Tensor] = {}
 
     def _describe_buffers(self) -> np.ndarray:
         template = np.zeros((self.tensors, 4), dtype=np.int64)
@@ -109,7 +110,7 @@ class Bound:
         arena = self.workspace.reserve(self.lowered.arena_bytes)
         if arena.data_ptr() != self._address:
             self._address = arena.data_ptr()
-            self._arena_views = {}
+            self._arena_views, self._arena_spaces = {}, {}
             self._template[self._arena, 0] = self._offsets[self._arena] + self._address
         return Binding(self, externals, arena, kept, self._template.copy())
 
@@ -234,6 +235,10 @@ class Binding:
         """What is sent, or filled, as bytes."""
         if space.tensor >= 0:
             return packet, self._externals[space.tensor][space.start : space.stop].view(-1).view(torch.uint8)
-        whole = self._kept if space.kept else self._arena
-        assert whole is not None
-        return packet, whole[space.start : space.stop]
+        if space.kept:
+            assert self._kept is not None
+            return packet, self._kept[space.start : space.stop]
+        spaces, key = self.program._arena_spaces, (space.start, space.stop)
+        if key not in spaces:
+            spaces[key] = self._arena[space.start : space.stop]
+        return packet, spaces[key]
