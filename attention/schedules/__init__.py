@@ -88,8 +88,11 @@ def lay_out(layout: Layout, mask: Mask, name: str) -> Layout:
     """``layout`` with its chunks cut as the schedule called ``name`` sends them under this mask.
 
     Programs made on ``layout`` itself are right too, but send whole chunks of which a window needs the end, or hide less.
+    Where heads travel all tokens do, whatever the window: cut chunks would only be more to go through.
     """
     schedule = get_schedule(name)
+    if type(schedule) is Ulysses:
+        return layout
     return refine(layout, mask, schedule.parts(layout) if isinstance(schedule, DoubleRing) else 1)
 
 
