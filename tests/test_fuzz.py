@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 from fuzz import TIMES, USUAL, examples, load_profile
@@ -50,3 +52,25 @@ def test_fuzzing_tries_more_examples_and_others(profile):
     profile("fuzz")
     assert len(drawn(20)) == TIMES * len(few) and settings().max_examples == TIMES * usual == TIMES * USUAL
     assert drawn(20) != drawn(20)
+
+
+def nested_properties() -> list[tuple[str, list[str], list[str]]]:
+    """Tests with a property inside: where, their decorators, and those of the property."""
+    found = []
+    for path in sorted(Path(__file__).parent.rglob("test_*.py")):
+        for test in ast.parse(path.read_text()).body:
+            for inner in ast.walk(test) if isinstance(test, ast.FunctionDef) and test.name.startswith("test_") else ():
+                if isinstance(inner, ast.FunctionDef) and inner is not test:
+                    outside, inside = ([ast.unparse(d) for d in f.decorator_list] for f in (test, inner))
+                    if any(d.startswith("given(") for d in inside):
+                        found.append((f"{path.name}: {test.name}", outside, inside))
+    return found
+
+
+def test_make_fuzz_runs_properties_inside_tests_too():
+    """Hypothesis marks what has @given itself; ``-m hypothesis`` leaves out the others, and ``settings`` is not multiplied."""
+    found = nested_properties()
+    assert found
+    for where, outside, inside in found:
+        assert "pytest.mark.hypothesis" in outside, where
+        assert not any(d.startswith("settings(") for d in inside), where

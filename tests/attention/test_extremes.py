@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from cases import HEAD_DIM, HEADS, MASKS, SCHEDULES, SCORING, serves
+from fuzz import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -150,10 +151,11 @@ def shares_of_what_is_allowed(case: Case) -> dict[str, float] | None:
     return shares
 
 
+@pytest.mark.hypothesis  # by hand: hypothesis marks what has @given itself
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_sharing_is_exact_at_every_scale(name: str) -> None:
+    @examples(18)
     @given(case=cases(name))
-    @settings(max_examples=18, deadline=None)
     def check(case: Case) -> None:
         shares = shares_of_what_is_allowed(case)
         assume(shares is not None)
@@ -220,10 +222,12 @@ def reached(poison: Poison, head: int, heads: HeadCount, mask: Mask) -> dict[str
     return found
 
 
+@pytest.mark.hypothesis
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_what_is_not_finite_stays_in_its_document_and_is_seen_there(name: str) -> None:
     size = next(n for n in (3, 4) if serves(name, n))
 
+    @examples(8)
     @given(
         poison=poisons(),
         heads_name=st.sampled_from(list(HEADS)),
@@ -231,7 +235,6 @@ def test_what_is_not_finite_stays_in_its_document_and_is_seen_there(name: str) -
         backward=st.sampled_from([b for b in BACKWARD if serves(b, size)]),
         dtype=st.sampled_from((torch.float32, torch.bfloat16)),
     )
-    @settings(max_examples=8, deadline=None)
     def check(poison: Poison, heads_name: str, mask_name: str, backward: str, dtype: torch.dtype) -> None:
         heads, (mask, layout) = HEADS[heads_name], MASKS[mask_name]
         groups = ((0,), (0, 1, 2, 3)[:size], (0,), (3, 2, 1, 0)[:size], (1,), (1,))
