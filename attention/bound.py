@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +19,10 @@ from torch import Tensor
 from hdp.attention.backends import Backend
 from hdp.attention.backends.protocol import Cut, Cuts
 from hdp.attention.lowered import Call, Geometry, Lowered, Packet, Round, Rows, Space
-from hdp.attention.moves import CODES, NO_RESULTS, describe, run_on_cpu, run_with_torch
+from hdp.attention.moves import CODES, NO_RESULTS, describe, is_fused, run_on_cpu, run_with_torch
+
+if TYPE_CHECKING:
+    from hdp.attention.moves_triton import DeviceTable
 
 
 class Workspace:
@@ -88,6 +93,9 @@ class Bound:
         self._kept = np.flatnonzero([False] * self._first + [b.kept for b in lowered.buffers])
         self._arena = np.flatnonzero([False] * self._first + [not b.kept for b in lowered.buffers])
         self._offsets = np.array([0] * self._first + [b.offset for b in lowered.buffers], dtype=np.int64)
+        self.fused = is_fused(self._device, dtype)
+        """Whether tables of moves run as kernels (``hdp.attention.moves_triton``)."""
+        self._device_tables: dict[tuple[int, int, int], DeviceTable] = {}
         self._address = -1
         self._arena_views: dict[int, list[Tensor]] = {}
         self._arena_spaces: dict[tuple[int, int], Tensor] = {}
@@ -121,6 +129,35 @@ class Bound:
                 descriptors[number] = describe(tensor)
         if kept is not None and len(self._kept):
             descriptors[self._kept, 0] = self._offsets[self._kept] + kept.data_ptr()
+
+    # ------------------------------------------------------------ tables on a GPU
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """Memory, first byte and end of each tensor: the arena is memory 0, what is kept 1, the caller's each its own."""
+        externals = [(2 + n, 0, 1) for n in range(self._first)]
+        sizes = [b.rows * b.heads * (self.geometry.head_dim if b.has_dim else 1) for b in self.lowered.buffers]
+        buffers = [
+            (int(b.kept), b.offset, b.offset + size * self.dtype_of(n).itemsize)
+            for n, (b, size) in enumerate(zip(self.lowered.buffers, sizes, strict=True), start=self._first)
+        ]
+        return np.array([*externals, *buffers], dtype=np.int64).reshape(-1, 3)
+
+    @cached_property
+    def most_results(self) -> int:
+        """Tensors that the call with the most launches returns."""
+        calls = [call for part in (*self.calls, self.fillers) for call in part]
+        return max((call.call.launches for call in calls), default=0) * self.components
+
+    def device_table(self, table: np.ndarray, first: int = 0, last: int | None = None) -> DeviceTable:
+        """Moves [first, last) of one of the program's tables, on the device. Made once."""
+        from hdp.attention.moves_triton import on_device
+
+        stop = len(table) if last is None else last
+        key = id(table), first, stop  # the program keeps its tables
+        if key not in self._device_tables:
+            self._device_tables[key] = on_device(table[first:stop], self._places, self._template[:, 3], self._device)
+        return self._device_tables[key]
 
     # ------------------------------------------------------------ numbering
 
@@ -169,8 +206,8 @@ class Binding:
     ) -> None:
         self.program, self._externals, self._arena, self._kept = program, externals, arena, kept
         self.descriptors = descriptors
-        self.is_on_cpu = arena.device.type == "cpu"
-        if self.is_on_cpu:
+        self.is_on_cpu = arena.device.type == "cpu" and not program.fused
+        if self.is_on_cpu or program.fused:
             program.describe(descriptors, externals, kept)
         self._views: dict[int, list[Tensor]] = {}
         self._tensors: dict[int, Tensor] = {}
@@ -181,8 +218,21 @@ class Binding:
             return
         if self.is_on_cpu:
             run_on_cpu(self.descriptors, NO_RESULTS, table, self.program.geometry.head_dim)
+        elif self.program.fused:
+            self._run_fused(self.program.device_table(table))
         else:
             run_with_torch(self.tensor, table)
+
+    def _run_fused(self, table: DeviceTable) -> None:
+        from hdp.attention.moves_triton import run_on_device
+
+        run_on_device(self._on_device, table, self.program.geometry.head_dim)
+
+    @cached_property
+    def _on_device(self) -> Tensor:
+        """Descriptors of the program's tensors, and room for those of results."""
+        room = np.zeros((self.program.most_results, 4), dtype=np.int64)
+        return torch.from_numpy(np.concatenate([self.descriptors, room])).to(self._arena.device)
 
     def move_results(self, bound: BoundCall, results: Sequence[Tensor], first: int, last: int) -> None:
         """Puts what launches [first, last) of a call returned where it belongs."""
@@ -195,6 +245,14 @@ class Binding:
             run_on_cpu(self.descriptors, found, bound.results, self.program.geometry.head_dim, begin, end)
             return
         before = self.program.tensors + skipped
+        if self.program.fused:
+            dense = [t if t.dim() < 3 or t.stride(-1) == 1 else t.contiguous() for t in results]
+            row = self.program.backend.row_axis
+            lying = torch.tensor([describe(t, row, 1) for t in dense], dtype=torch.int64)
+            self._on_device[before : before + len(dense)].copy_(lying, non_blocking=True)
+            if begin < end:
+                self._run_fused(self.program.device_table(bound.results, begin, end))
+            return
 
         def tensor(number: int) -> Tensor:
             return results[number - before] if number >= before else self.tensor(number)

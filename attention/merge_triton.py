@@ -16,6 +16,31 @@ BLOCK = 16  # rows x heads that one program merges
 
 
 @triton.jit
+def merged(mine, old, theirs, new):
+    """(out, lse) of two partials: mine, theirs [pairs, width] with lse old, new [pairs]."""
+    empty = new == float("-inf")
+    untouched = old == float("-inf")
+    # Where one side is empty the difference is infinite or undefined: 0 stands in, and `where` picks the other side.
+    difference = tl.where(empty | untouched, 0.0, new - old)
+    small = tl.exp(-tl.abs(difference))
+    total = 1.0 + small
+    more = tl.div_rn(tl.full(small.shape, 1.0, tl.float32), total)
+    less = tl.div_rn(small, total)
+    old_weight = tl.where(difference > 0, less, more)
+    new_weight = tl.where(difference > 0, more, less)
+    # log1p(small), which Triton has only in libdevice: log(total) misses what the sum rounds off, the quotient puts it back.
+    added = total - 1.0
+    rest = tl.where(added == 0.0, small, tl.log(total) * tl.div_rn(small, tl.where(added == 0.0, 1.0, added)))
+    both = tl.maximum(old, new) + rest
+    lse = tl.where(untouched, new, tl.where(empty, old, both))
+    out = old_weight[:, None] * mine + new_weight[:, None] * theirs
+    # A row that had nothing takes the partial as it is, whatever its memory holds; an empty partial changes nothing.
+    out = tl.where(untouched[:, None], theirs, tl.where(empty[:, None], mine, out))
+    keep = empty & untouched
+    return tl.where(keep[:, None], mine, out), lse
+
+
+@triton.jit
 def merge_kernel(
     out,
     lse,
@@ -45,31 +70,15 @@ def merge_kernel(
     lse_at = lse + row * lse_row + head * lse_head
     old = tl.load(lse_at, mask=inside, other=0.0)
     new = tl.load(partial_lse + row * partial_lse_row + head * partial_lse_head, mask=inside, other=0.0)
-    empty = new == float("-inf")
-    untouched = old == float("-inf")
-    # Where one side is empty the difference is infinite or undefined: 0 stands in, and `where` picks the other side.
-    difference = tl.where(empty | untouched, 0.0, new - old)
-    small = tl.exp(-tl.abs(difference))
-    total = 1.0 + small
-    more = tl.div_rn(tl.full(small.shape, 1.0, tl.float32), total)
-    less = tl.div_rn(small, total)
-    old_weight = tl.where(difference > 0, less, more)
-    new_weight = tl.where(difference > 0, more, less)
-    # log1p(small), which Triton has only in libdevice: log(total) misses what the sum rounds off, the quotient puts it back.
-    added = total - 1.0
-    rest = tl.where(added == 0.0, small, tl.log(total) * tl.div_rn(small, tl.where(added == 0.0, 1.0, added)))
-    both = tl.maximum(old, new) + rest
-    tl.store(lse_at, tl.where(untouched, new, tl.where(empty, old, both)), mask=inside)
     out_at = out + (row * out_row + head * out_head)[:, None] + column[None, :]
     mine = tl.load(out_at, mask=cells, other=0.0)
     theirs = tl.load(
         partial + (row * partial_row + head * partial_head)[:, None] + column[None, :], mask=cells, other=0.0
     ).to(tl.float32)
-    merged = old_weight[:, None] * mine + new_weight[:, None] * theirs
-    # A row that had nothing takes the partial as it is, whatever its memory holds; an empty partial changes nothing.
-    merged = tl.where(untouched[:, None], theirs, tl.where(empty[:, None], mine, merged))
-    keep = empty & untouched
-    tl.store(out_at, tl.where(keep[:, None], mine, merged), mask=cells)
+    value, both = merged(mine, old, theirs, new)
+    tl.debug_barrier()  # no thread may write an lse that another one has not read
+    tl.store(lse_at, both, mask=inside)
+    tl.store(out_at, value, mask=cells)
 
 
 def merge_partial_triton(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> None:

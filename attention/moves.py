@@ -1,4 +1,5 @@
-"""Runs tables of moves (``hdp.attention.lowered.FIELDS``): on the CPU a whole table in one call of C++, elsewhere move by move.
+"""Runs tables of moves (``hdp.attention.lowered.FIELDS``): on the CPU a whole table in one call of C++, on GPUs in a kernel or
+two (``hdp.attention.moves_triton``), elsewhere, and in float64 there, move by move.
 
 What each does to a row is said in ``hdp.attention.merge`` (MERGE) and ``hdp.attention.delta`` (REBUILD).
 """
@@ -19,6 +20,11 @@ from hdp.attention.merge import merge_partial
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Dtypes as descriptors name them."""
 NO_RESULTS = np.zeros((0, 4), dtype=np.int64)
+
+
+def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tables run as kernels of Triton, which is part of torch's wheels for GPUs."""
+    return device.type == "cuda" and dtype != torch.float64
 
 
 def describe(tensor: Tensor, row_axis: int = 0, head_axis: int = 1) -> tuple[int, int, int, int]:

@@ -119,10 +119,88 @@ py::tuple expand_results(const py::list& moves, const Rows& launch, int64_t comp
   return py::make_tuple(as_array(table), ends);
 }
 
+// Rows and heads of one tensor, or all of it as others see that share memory with it.
+struct Access {
+  int64_t tensor, row, rows, head, heads;
+  bool writes;
+  int64_t wave;
+};
+
+bool conflict(const Access& a, const Access& b) {
+  if (!a.writes && !b.writes) return false;
+  if (a.tensor != b.tensor) return true;  // of one memory
+  return a.row < b.row + b.rows && b.row < a.row + a.rows && a.head < b.head + b.heads && b.head < a.head + a.heads;
+}
+
+// What was touched of one memory; most accesses lie behind all earlier ones of their tensor.
+struct Memory {
+  int64_t tensor = -1;
+  bool shared = false;
+  int64_t end = 0;
+  std::vector<Access> accesses;
+
+  int64_t wave_after(const Access& next) const {
+    if (!shared && (tensor < 0 || (tensor == next.tensor && next.row >= end))) return 0;
+    int64_t wave = 0;
+    for (const Access& before : accesses)
+      if (before.wave >= wave && conflict(before, next)) wave = before.wave + 1;
+    return wave;
+  }
+
+  void add(const Access& access) {
+    shared |= tensor >= 0 && tensor != access.tensor;
+    tensor = access.tensor;
+    end = std::max(end, access.row + access.rows);
+    accesses.push_back(access);
+  }
+};
+
+// The wave of each move: moves of one wave touch nothing that another of them writes, and come after those of earlier waves
+// that do. `places` [tensors, 3]: memory, first byte, end of each tensor; tensors beyond are read only.
+py::array_t<int64_t> waves(const Rows& table, const Rows& places) {
+  const int64_t moves = table.shape(0), tensors = places.shape(0);
+  // Tensors whose bytes overlap share one memory.
+  std::vector<int64_t> order(tensors), memory(tensors);
+  for (int64_t n = 0; n < tensors; ++n) order[n] = n;
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return std::pair(places.at(a, 0), places.at(a, 1)) < std::pair(places.at(b, 0), places.at(b, 1));
+  });
+  int64_t count = 0, end = 0;
+  for (int64_t n = 0; n < tensors; ++n) {
+    const int64_t one = order[n];
+    const bool joins = n && places.at(order[n - 1], 0) == places.at(one, 0) && places.at(one, 1) < end;
+    if (!joins) ++count, end = 0;
+    end = std::max(end, places.at(one, 2));
+    memory[one] = count - 1;
+  }
+  std::vector<Memory> all(count);
+  py::array_t<int64_t> found(moves);
+  for (int64_t i = 0; i < moves; ++i) {
+    const int64_t* move = table.data(i, 0);
+    std::array<Access, 4> accesses;
+    int used = 0;
+    int64_t wave = 0;
+    for (const auto& [number, row] : kTensors) {
+      const int64_t tensor = move[number];
+      if (tensor < 0 || tensor >= tensors) continue;
+      const bool writes = number == kTarget || number == kTarget2;
+      accesses[used] = {tensor, move[row], move[kRows], move[row + 1], move[kHeads], writes, 0};
+      wave = std::max(wave, all[memory[tensor]].wave_after(accesses[used++]));
+    }
+    for (int n = 0; n < used; ++n) {
+      accesses[n].wave = wave;
+      all[memory[accesses[n].tensor]].add(accesses[n]);
+    }
+    found.mutable_at(i) = wave;
+  }
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_tables, m) {
   m.doc() = "Tables of moves for all documents of a bundle.";
   m.def("expand", &expand, "Moves written out for each document, those that follow each other joined.");
+  m.def("waves", &waves, "Which moves of a table may be run together.");
   m.def("expand_results", &expand_results, "The same for what kernel launches return, launch by launch.");
 }
