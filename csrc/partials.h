@@ -84,8 +84,17 @@ inline constexpr double kMost<BFloat16> = 3.389531389251535475904708003714878668
 template <>
 inline constexpr double kMost<Float16> = 65504.0;
 
+// Adds what is missing of sum(grad * out) to one element of out.
+template <typename Out, typename In, typename Sum>
+void mend_element(Out* out, int64_t element, const In* grad, Sum missing) {
+  const Sum mended = static_cast<Sum>(out[element]) + missing / static_cast<Sum>(grad[element]);
+  constexpr Sum kLimit = static_cast<Sum>(kMost<Out>);
+  if (std::isfinite(mended)) out[element] = std::clamp(mended, -kLimit, kLimit);
+}
+
 // An out with sum(grad * out) = delta, whatever the scale: all of delta goes into the element where grad is largest. A narrow
-// out takes what rounding leaves of it in the second largest.
+// out takes what rounding leaves of it in the second largest, or, where all
+// of it would leave the range and is spread, in the largest.
 template <typename Out, typename In, typename Sum>
 void out_with_delta_row(Out* out, const In* grad, Sum delta, int64_t width) {
   constexpr bool kNarrow = sizeof(Out) < sizeof(Sum);
@@ -105,11 +114,8 @@ void out_with_delta_row(Out* out, const In* grad, Sum delta, int64_t width) {
   out[best] = delta / static_cast<Sum>(grad[best]);
   const Sum stored = static_cast<Sum>(out[best]);
   if (std::isfinite(stored) || !std::isfinite(delta)) {
-    if (kNarrow && next > 0 && std::isfinite(stored)) {
-      const Sum rest = (delta - stored * static_cast<Sum>(grad[best])) / static_cast<Sum>(grad[second]);
-      out[second] = rest;
-      if (!std::isfinite(static_cast<Sum>(out[second]))) out[second] = Sum(0);
-    }
+    if (kNarrow && next > 0 && std::isfinite(stored))
+      mend_element(out, second, grad, delta - stored * static_cast<Sum>(grad[best]));
     return;
   }
   // The true out is near the end of its range: spread over all elements, none is larger than its largest one.
@@ -119,6 +125,11 @@ void out_with_delta_row(Out* out, const In* grad, Sum delta, int64_t width) {
   for (int64_t i = 0; i < width; ++i) {
     const bool same = std::signbit(static_cast<Sum>(grad[i])) == std::signbit(delta);
     out[i] = static_cast<Sum>(same ? each : -each);
+  }
+  if (kNarrow) {
+    Sum found = 0;
+    for (int64_t i = 0; i < width; ++i) found += static_cast<Sum>(grad[i]) * static_cast<Sum>(out[i]);
+    mend_element(out, best, grad, delta - found);
   }
 }
 
