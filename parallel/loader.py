@@ -38,6 +38,9 @@ logger = logging.getLogger("hdp")
 class Loader:
     """Yields :class:`PlannedBatch` es of about ``tokens_per_step`` tokens, reshuffled every epoch.
 
+    A loop over it keeps to the cost model and the topology that it begins with: an engine made meanwhile, or activations
+    opened, count for loops that begin later.
+
     Args:
         documents: see :class:`Documents`. Without an attribute ``lengths`` every document is read once to measure it.
         tokens_per_step: tokens of a global batch. A document that would exceed it begins the next batch; one that is longer
@@ -50,8 +53,8 @@ class Loader:
             alike, whatever its number of label tokens.
         start: batches of the same run to skip, for resuming.
         ahead: batches planned in advance, in the background.
-        plan_options: handed to the planner: ``regime``, ``offload``, ``recompute``, and ``cost`` and ``topology``, which
-            otherwise are what the engine assumed from its model and device (``world.assumptions``).
+        plan_options: handed to the planner: ``regime``, ``offload``, ``recompute``, and ``cost`` and ``topology``, each
+            of which otherwise is what the engine assumed from its model and device (``world.assumptions``).
 
     Raises:
         ValueError: no documents, a stream of them, no positive token count or capacity, an unknown option.
@@ -95,7 +98,7 @@ class Loader:
             check_plan_options(plan_options)
             # An unknown planner, or a document that fits nowhere, ends here and not hours later.
             longest = int(self.lengths.argmax())
-            self._make((longest,), make_plan, planner=planner)
+            self._make((longest,), make_plan, self._options(), planner=planner)
         # Ranks whose first batches agree could still part later, one waiting for a batch that the other never draws.
         run = hashlib.sha256(np.ascontiguousarray(self.lengths, dtype="<i8").tobytes())
         name = planner if isinstance(planner, str) else "a function"
@@ -105,6 +108,15 @@ class Loader:
         self._prices: dict[tuple[int, ...], list[str]] = {}
 
     def __iter__(self) -> Iterator[PlannedBatch]:
+        return self._batches(self._options())
+
+    def _batches(self, options: dict[str, Any]) -> Iterator[PlannedBatch]:
+        """All plans by ``options``.
+
+        [Note: one value] Planners run ahead, on one rank further than on another, and what is assumed may change meanwhile (a
+        second engine, activations opened): it is read once, when a loop begins, where all ranks are at one place of their
+        program.
+        """
         self._compare_run()
         draws = enumerate(self._draw())
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hdp-plan") as pool:
@@ -116,7 +128,7 @@ class Loader:
                         break
                     if step >= self.start:
                         told = self._planned_by_one and dist.get_rank() != 0
-                        queue.append((step, indices, None if told else pool.submit(self._plan, indices)))
+                        queue.append((step, indices, None if told else pool.submit(self._plan, indices, options)))
                 if not queue:
                     return
                 step, indices, plan = queue.pop(0)
@@ -154,11 +166,14 @@ class Loader:
 
     def plan_batches(self) -> Iterator[tuple[tuple[int, ...], Plan]]:
         """The same batches without any communication: documents' indices and plan."""
+        return self._plans(self._options())
+
+    def _plans(self, options: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], Plan]]:
         for step, indices in enumerate(self._draw()):
             if self.steps is not None and step >= self.steps:
                 return
             if step >= self.start:
-                plan = self._plan(indices)
+                plan = self._plan(indices, options)
                 self._prices.pop(indices, None)
                 yield indices, plan
 
@@ -183,15 +198,14 @@ class Loader:
                 return
             epoch += 1
 
-    def _plan(self, indices: tuple[int, ...]) -> Plan:
+    def _plan(self, indices: tuple[int, ...], options: dict[str, Any]) -> Plan:
         if not isinstance(self.planner, str):
-            return self._make(indices, self.planner)
-        plan = self._make(indices, make_plan, planner=self.planner)
-        self._note_price(indices, plan)
+            return self._make(indices, self.planner, self.plan_options)
+        plan = self._make(indices, make_plan, options, planner=self.planner)
+        self._note_price(indices, plan, options)
         return plan
 
-    def _make(self, indices: tuple[int, ...], make: Planner, **planner: str) -> Plan:
-        options = self._options() if planner else self.plan_options
+    def _make(self, indices: tuple[int, ...], make: Planner, options: dict[str, Any], **planner: str) -> Plan:
         lengths = self.lengths[list(indices)]
         try:
             plan = make(lengths, world_size=self.world.world_size, capacity=self.capacity, **planner, **options)
@@ -203,10 +217,12 @@ class Loader:
         return plan
 
     def _options(self) -> dict[str, Any]:
-        """The user's, and what the engine assumed where the user said nothing."""
+        """The user's, and for what the user left out what is assumed now; see [Note: one value]."""
         options, known = dict(self.plan_options), self.world.assumptions
-        if known is not None and not {"cost", "topology"} & options.keys():
-            options |= {"cost": known.cost, "topology": known.topology}
+        if known is not None:
+            for name, value in (("cost", known.cost), ("topology", known.topology)):
+                if options.get(name) is None:
+                    options[name] = value
         return options
 
     def _agree(self, step: int, indices: tuple[int, ...], plan: Plan) -> PlannedBatch:
@@ -217,12 +233,11 @@ class Loader:
             self._told = True
         return batch
 
-    def _note_price(self, indices: tuple[int, ...], plan: Plan) -> None:
+    def _note_price(self, indices: tuple[int, ...], plan: Plan, options: dict[str, Any]) -> None:
         """What fits only at a price, and at which: told by rank 0 when the batch is handed out, as a warning the first time."""
         asked = self.plan_options.get("recompute") == "all"
         if self.world.rank != 0 or asked or not (plan.offload or plan.recompute):
             return
-        options = self._options()
         cost = options.get("cost") or default_cost()
         topology = options.get("topology") or Topology(world_size=plan.world_size)
         self._prices[indices] = describe_price(plan, evaluate(plan, cost, topology), cost, topology, names=indices)
