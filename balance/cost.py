@@ -73,6 +73,8 @@ class CostModel:
     """Bytes on a local disk for what host memory does not hold."""
     copy_bandwidth: float = 0.0
     """Bytes per second between device and host, per rank, all ranks of a node copying at once; 0 for no offload."""
+    is_default: bool = False
+    """Whether nobody said which model this is (:func:`default_cost`): errors then do not speak of its layers."""
 
     def __post_init__(self) -> None:
         if self.layers < 1:
@@ -276,4 +278,4 @@ DEFAULT_FLOPS = 400e12
 
 def default_cost() -> CostModel:
     """A 7B model with 8 key/value heads on a device that attains 400 TFLOP/s: what plans assume unless told better."""
-    return CostModel.from_shape(DEFAULT_SHAPE, flops=DEFAULT_FLOPS)
+    return replace(CostModel.from_shape(DEFAULT_SHAPE, flops=DEFAULT_FLOPS), is_default=True)

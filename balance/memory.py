@@ -212,17 +212,18 @@ def refuse_too_long(
     enough = ceil(share * _saved_layers(cost) / cost.layers)
     largest = capacity_with(capacity, cost, allowed)
     ratio = ratio_for(share, capacity, cost)
+    fits = f"sequence {sequence} of {length} tokens does not fit {world_size} ranks x {largest} tokens"
+    fits += f" = {world_size * largest}:"
+    room = f"use at least {-(-length // largest)} ranks, a capacity of at least {enough}, or shorter sequences"
+    if cost.is_default:  # whose layers and bytes are nobody's
+        return DoesNotFit(f"{fits} {room}; which layers could give room away only the model's cost tells (cost=...)")
     layers = None if cost.recomputed else fewest_recomputed(share, capacity, cost, allowed)
     again = f"computing {layers} of {cost.layers} layers again in backward"
     if ratio is None:
         cure = "even full offload would not make it fit" + (f", but {again} would; or" if layers else ":")
     else:
         cure = f"an offload ratio of {ratio:.3f} would make it fit" + (f", so would {again}; or" if layers else "; or")
-    return DoesNotFit(
-        f"sequence {sequence} of {length} tokens does not fit {world_size} ranks x {largest} tokens = "
-        f"{world_size * largest}: {cure} use at least {-(-length // largest)} ranks, a capacity of at least "
-        f"{enough}, or shorter sequences"
-    )
+    return DoesNotFit(f"{fits} {cure} {room}")
 
 
 def fewest_recomputed(tokens: int, capacity: int, cost: CostModel, allowed: float) -> int | None:

@@ -1,7 +1,7 @@
 """What plans assume about this model on these ranks when nothing was measured and the user said nothing.
 
-From the model's config, the dtype that it computes in, and a table of known devices (``hdp.balance.devices``); the same on
-every rank. ``hdp profile`` measures instead.
+From the model's config or its modules (``hdp.parallel.shapes``), the dtype that it computes in, and a table of known devices
+(``hdp.balance.devices``); the same on every rank. ``hdp profile`` measures instead.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import torch
 from torch import nn
 
 from hdp.balance import CostModel, Topology
-from hdp.balance.devices import DEVICES, Device
-from hdp.balance.plan import PlanError
+from hdp.balance.devices import DEVICES, Device, recognise
+from hdp.parallel.shapes import see_shape
 
-FALLBACK = "h100-sxm"
 LAYER_OVERHEAD = {"cpu": 1.5e-3, "cuda": 1e-4}
 """Seconds per layer and micro-batch, forward and backward, that do not depend on tokens (launches, Python): one token
 through a layer took 1.5 ms on a core of an AMD EPYC (2026-11-22); a GPU's figure is an estimate."""
@@ -48,6 +47,14 @@ class Assumptions:
     """Seconds on the host of each message sent or received, whatever its size."""
     call_seconds: float = HOST_SECONDS
     """Seconds on the host of each kernel call, whatever its work."""
+    model: str = ""
+    """The model's shape in words, and what of it is a guess."""
+    has_config: bool = True
+    """Whether a config told the shape; otherwise the modules did."""
+
+
+class NotKnown(ValueError):
+    """Nothing can be assumed of a model or its device; the message says what is missing and how to give it."""
 
 
 def assume(
@@ -56,23 +63,30 @@ def assume(
     world_size: int,
     dtype: torch.dtype,
     ranks_per_node: int | None = None,
-) -> Assumptions | None:
-    """For a transformers model; None for a model whose shape no config tells. ``ranks_per_node`` None: all share one."""
-    name = _device_name(device)
+) -> Assumptions:
+    """What is known of a model on a device. ``ranks_per_node`` None: all share one.
+
+    Raises :class:`NotKnown` for a device that is not in the table, and for a model of which neither a config nor its modules
+    tell a shape.
+    """
+    name = device_name(device)
     known: Device = DEVICES[name]
+    seen = see_shape(model)
+    if seen is None:
+        raise NotKnown(
+            f"{type(model).__name__} has no config that tells its shape, and neither layers with weights nor an output head are"
+            " to be seen: give hdp.Loader(cost=CostModel(...)), or measure with hdp profile"
+        )
     # The table's peak is that of 16-bit kernels; fp32 runs at about half on a CPU, through tf32 on GPUs.
     flops = known.attained / (dtype.itemsize / 2)
-    try:
-        cost = CostModel.from_shape(
-            getattr(model, "config", None),
-            flops=flops,
-            bytes_per_element=dtype.itemsize,
-            gradient_bytes=4,
-            copy_bandwidth=known.copy_bandwidth,
-            world_size=world_size,
-        )
-    except (PlanError, AttributeError, TypeError):
-        return None
+    cost = CostModel.from_shape(
+        seen.shape,
+        flops=flops,
+        bytes_per_element=dtype.itemsize,
+        gradient_bytes=4,
+        copy_bandwidth=known.copy_bandwidth,
+        world_size=world_size,
+    )
     return Assumptions(
         cost=replace(cost, constant=LAYER_OVERHEAD.get(device.type, 0.0)),
         topology=Topology(
@@ -83,12 +97,21 @@ def assume(
         byte_seconds=BYTE_SECONDS.get(device.type, 0.0),
         message_seconds=MESSAGE_SECONDS.get(device.type, HOST_SECONDS),
         call_seconds=CALL_SECONDS.get(device.type, HOST_SECONDS),
+        model=str(seen),
+        has_config=seen.has_config,
     )
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """A device's name in the table; raises :class:`NotKnown` for one that is not there."""
     if device.type == "cpu":
         return "cpu"
-    words = torch.cuda.get_device_name(device).lower().replace("-", " ").split()
-    matches = [name for name in DEVICES if name.split("-")[0] in words]
-    return matches[0] if matches else FALLBACK
+    name = torch.cuda.get_device_name(device)
+    found = recognise(name)
+    if found is None:
+        raise NotKnown(
+            f"the device {name!r} is not in the table, so its speed and its links are not known: measure them (hdp profile"
+            " --out profile.json) and give hdp.Loader(cost=profile.cost, topology=profile.topology()), or add it to"
+            " hdp.balance.devices.DEVICES before the engine is made"
+        )
+    return found

@@ -23,7 +23,6 @@ from hdp.balance.plan import Plan
 from hdp.parallel.activations import Activations, needs_store
 from hdp.parallel.arrangement import Arrangement, Work, arrange, works
 from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch, build_inputs
-from hdp.parallel.costs import assume
 from hdp.parallel.gradients import global_norm
 from hdp.parallel.loader import Loader, check_sequence, measured, whole_number
 from hdp.parallel.loss import loss_sum
@@ -39,7 +38,7 @@ from hdp.parallel.models import (
 )
 from hdp.parallel.order import CallOrder
 from hdp.parallel.rotations import find_long_rotations, rotated_by_document
-from hdp.parallel.schedules import set_chooser, take_assumptions
+from hdp.parallel.schedules import assume_for, set_chooser, take_assumptions
 from hdp.parallel.world import World
 
 logger = logging.getLogger("hdp")
@@ -74,7 +73,7 @@ class Engine:
         self.activations: Activations | None = None
         """What becomes of saved activations; None keeps them all."""
         computed = dtype or compute_dtype(model)
-        take_assumptions(world, assume(model, world.device, world.world_size, computed, world.runtime.ranks_per_node))
+        take_assumptions(world, assume_for(model, world, computed))
         set_chooser(world)
         world.channel.notes_waits = True
         self.waits: list[tuple[float, float]] = world.channel.waited

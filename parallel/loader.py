@@ -25,6 +25,7 @@ from hdp.balance.plan import Plan, PlanError
 from hdp.balance.planners import STOPPED_BY_TIME
 from hdp.balance.report import describe_price
 from hdp.parallel.batch import REDUCTIONS, Documents, Fields, PlannedBatch, read_document
+from hdp.parallel.costs import device_name
 from hdp.parallel.errors import PlanMismatch
 from hdp.parallel.loss import IGNORE_INDEX
 from hdp.parallel.metrics import gather_numbers
@@ -57,7 +58,8 @@ class Loader:
             of which otherwise is what the engine assumed from its model and device (``world.assumptions``).
 
     Raises:
-        ValueError: no documents, a stream of them, no positive token count or capacity, an unknown option.
+        ValueError: no documents, a stream of them, no positive token count or capacity, an unknown option, no ``cost`` or
+            ``topology`` for a device of which nothing is known.
         hdp.balance.PlanError: a batch that cannot be planned (a document longer than world x capacity, an unknown planner).
         PlanMismatch: ranks that see different documents or made different plans.
     """
@@ -104,11 +106,11 @@ class Loader:
         name = planner if isinstance(planner, str) else "a function"
         run.update(repr((tokens_per_step, capacity, seed, steps, start, name)).encode())
         self._run = run.hexdigest()
-        self._told = False
+        self._told = self._has_warned = False
         self._prices: dict[tuple[int, ...], list[str]] = {}
 
     def __iter__(self) -> Iterator[PlannedBatch]:
-        return self._batches(self._options())
+        return self._batches(self._begin())
 
     def _batches(self, options: dict[str, Any]) -> Iterator[PlannedBatch]:
         """All plans by ``options``.
@@ -166,7 +168,7 @@ class Loader:
 
     def plan_batches(self) -> Iterator[tuple[tuple[int, ...], Plan]]:
         """The same batches without any communication: documents' indices and plan."""
-        return self._plans(self._options())
+        return self._plans(self._begin())
 
     def _plans(self, options: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], Plan]]:
         for step, indices in enumerate(self._draw()):
@@ -219,10 +221,31 @@ class Loader:
     def _options(self) -> dict[str, Any]:
         """The user's, and for what the user left out what is assumed now; see [Note: one value]."""
         options, known = dict(self.plan_options), self.world.assumptions
-        if known is not None:
-            for name, value in (("cost", known.cost), ("topology", known.topology)):
-                if options.get(name) is None:
-                    options[name] = value
+        missing = [name for name in ("cost", "topology") if options.get(name) is None]
+        if not missing or not isinstance(self.planner, str):
+            return options
+        if known is None:
+            device_name(self.world.device)  # for one that nobody knows there are no defaults
+        else:
+            options |= {name: getattr(known, name) for name in missing}
+        return options
+
+    def _begin(self) -> dict[str, Any]:
+        """The options of a loop that begins; what nobody has said is said by rank 0, once."""
+        options = self._options()
+        defaults = {
+            "cost": "a 7B model at 400 TFLOP/s",
+            "topology": "eight ranks a node, 400 GB/s inside and 50 GB/s across",
+        }
+        missing = [name for name in defaults if options.get(name) is None]
+        if missing and isinstance(self.planner, str) and self.world.rank == 0 and not self._has_warned:
+            logger.warning(
+                "nothing is known of the model and its ranks: batches are planned as for %s; make the engine before the loop"
+                " over the loader begins, or give %s",
+                ", ".join(defaults[name] for name in missing),
+                " and ".join(f"{name}=" for name in missing),
+            )
+            self._has_warned = True
         return options
 
     def _agree(self, step: int, indices: tuple[int, ...], plan: Plan) -> PlannedBatch:

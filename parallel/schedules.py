@@ -7,16 +7,45 @@ import zlib
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+from torch import nn
+
 from hdp.attention.auto import AUTO, Chooser
 from hdp.attention.choose import Links
 from hdp.balance.topology import Topology
-from hdp.parallel.costs import HOST_SECONDS, Assumptions
+from hdp.parallel.costs import HOST_SECONDS, Assumptions, NotKnown, assume
 from hdp.parallel.metrics import gather_numbers
 
 if TYPE_CHECKING:
     from hdp.parallel.world import World
 
 logger = logging.getLogger("hdp")
+
+
+def assume_for(model: nn.Module, world: World, dtype: torch.dtype) -> Assumptions | None:
+    """What plans assume of a model that computes in ``dtype``; rank 0 says it, as a warning where it is a guess or unknown."""
+    try:
+        made = assume(model, world.device, world.world_size, dtype, world.runtime.ranks_per_node)
+    except NotKnown as error:
+        if world.rank == 0:
+            logger.warning("%s", error)
+        return None
+    if world.rank == 0:
+        where = "its config" if made.has_config else "its modules, without a config"
+        logger.log(
+            logging.INFO if made.has_config else logging.WARNING,
+            "plans assume of %s, by %s: %s; of %s: %.4g TFLOP/s, %d ranks a node, %.4g GB/s inside and %.4g GB/s across%s",
+            type(model).__name__.removeprefix("FSDP"),
+            where,
+            made.model,
+            made.device,
+            made.flops / 1e12,
+            made.topology.node_size,
+            made.topology.intra.bandwidth / 1e9,
+            made.topology.inter.bandwidth / 1e9,
+            "" if made.has_config else "; give hdp.Loader(cost=...) where that is wrong",
+        )
+    return made
 
 
 def take_assumptions(world: World, made: Assumptions | None) -> None:
@@ -53,7 +82,7 @@ def set_chooser(world: World) -> None:
         runtime.chooser = assumed_chooser(world.assumptions)
     if runtime.chooser is None and AUTO in (runtime.schedule or "").split("/"):
         raise ValueError(
-            f"schedule={runtime.schedule!r} needs to know links and rates, and no config of the model's tells its shape: set"
+            f"schedule={runtime.schedule!r} needs to know links and rates, of which nothing is known here: set"
             " world.runtime.chooser = hdp.parallel.schedules.make_chooser(topology, flops=...) before the engine is made, alike"
             " on all ranks, or name a schedule"
         )

@@ -179,7 +179,8 @@ def _refuse(problem: Problem, sequence: int) -> DoesNotFit:
         if problem.offload and cost.host_memory
         else ""
     )
-    return DoesNotFit(f"even when {cost.recomputed} of {cost.layers} layers run again in backward{held}: {error}")
+    which = "all movable" if cost.is_default else f"{cost.recomputed} of {cost.layers}"
+    return DoesNotFit(f"even when {which} layers run again in backward{held}: {error}")
 
 
 def _ticks(problem: Problem, length: int, ratio: float) -> int:

@@ -12,7 +12,7 @@ from hdp.parallel.adapters import RowDocuments
 from hdp.parallel.adapters.mixin import count_steps
 from hdp.parallel.loader import Loader
 
-WORLD = types.SimpleNamespace(world_size=1, assumptions=None)
+WORLD = types.SimpleNamespace(world_size=1, rank=0, assumptions=None, device=torch.device("cpu"))
 ROWS = [
     {"input_ids": [5, 6, 7, 0, 0], "attention_mask": [1, 1, 1, 0, 0], "labels": [-100, 6, 7, -100, -100]},
     {"input_ids": [0, 0, 0, 0, 8], "attention_mask": [0, 0, 0, 0, 1], "labels": [-100, -100, -100, -100, 8]},

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from fuzz import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.balance import PLANNERS, Link, Plan, PlanError, Topology, make_plan
+from hdp.balance import PLANNERS, CostModel, DoesNotFit, Link, Plan, PlanError, Topology, make_plan
 
 CAPACITY = 64
 
@@ -70,8 +72,26 @@ def test_the_same_plan_twice(planner: str) -> None:
 
 
 def test_too_long_names_the_sequence_and_the_offload_that_would_fit() -> None:
+    cost = CostModel.from_shape("llama-7b", flops=400e12)
     with pytest.raises(PlanError, match=r"sequence 1 of 1000 tokens .* 8 ranks x 64 .* offload ratio of 0\.\d+ would"):
-        make_plan([3, 1000], world_size=8, capacity=CAPACITY)
+        make_plan([3, 1000], world_size=8, capacity=CAPACITY, cost=cost)
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": "auto"}])
+def test_the_advice_speaks_of_no_layers_where_nobody_said_what_model_it_is(options) -> None:
+    with pytest.raises(DoesNotFit, match=r"use at least \d+ ranks, a capacity of at least") as caught:
+        make_plan([3, 100_000], world_size=8, capacity=CAPACITY, **options)
+    assert "of 32 layers" not in str(caught.value)
+    assert "only the model's cost tells" in str(caught.value) and "ratio" not in str(caught.value)
+
+
+def test_the_advice_counts_the_layers_of_the_model() -> None:
+    cost = replace(CostModel.from_shape("llama-7b", flops=400e12), layers=6)
+    with pytest.raises(DoesNotFit, match="so would computing 2 of 6 layers again"):
+        make_plan([3, 700], world_size=8, capacity=CAPACITY, cost=cost)
+    with pytest.raises(DoesNotFit) as caught:  # the first and the last stay as they are: there are no others
+        make_plan([3, 600], world_size=8, capacity=CAPACITY, cost=replace(cost, layers=2))
+    assert "layers" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 import hdp
 from hdp.balance import make_plan
-from hdp.parallel.costs import BYTE_SECONDS, CALL_SECONDS, MESSAGE_SECONDS, assume
+from hdp.parallel.costs import BYTE_SECONDS, CALL_SECONDS, MESSAGE_SECONDS, NotKnown, assume
 
 
 def test_a_small_model_on_a_cpu_shares_only_what_pays():
@@ -40,7 +40,8 @@ def test_half_precision_is_faster():
 
 
 def test_a_model_without_a_shape_is_not_guessed_at():
-    assert assume(torch.nn.Linear(2, 2), torch.device("cpu"), 2, torch.float32) is None
+    with pytest.raises(NotKnown, match=r"Linear has no config that tells its shape, .*: give hdp.Loader"):
+        assume(torch.nn.Linear(2, 2), torch.device("cpu"), 2, torch.float32)
 
 
 def told(world: hdp.World) -> tuple:
@@ -129,11 +130,11 @@ def test_what_a_user_said_and_what_was_measured_is_kept():
 
 
 class Shapeless(torch.nn.Module):
-    """A model of one's own: no config tells its shape."""
+    """A model of one's own: no config tells its shape, and its layer has no weights to be seen."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.lm_head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.body, self.lm_head = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)
 
 
 def without_shape(world: hdp.World) -> str:

@@ -20,7 +20,7 @@ LENGTHS = [10, 3, 40, 7, 90, 1, 22, 15, 0, 8, 31, 64, 5]
 class Alone:
     """As much of a world as planning needs."""
 
-    rank, world_size, assumptions = 0, 2, None
+    rank, world_size, assumptions, device = 0, 2, None, torch.device("cpu")
 
 
 def batches(**options: Any) -> list[tuple[int, ...]]:
@@ -92,7 +92,7 @@ REFUSED = [
     (ValueError, "document 1: token ids must be one row of integers", {"documents": [torch.ones(3).long(), torch.ones(4)]}),
     (ValueError, "document 0: labels has shape", {"documents": [{"input_ids": torch.ones(3).long(), "labels": [1, 2]}]}),
     (ValueError, "document 0 has no 'input_ids'", {"documents": [{"text": "to be"}]}),
-    (DoesNotFit, "^document 2 of 200 tokens .* make it fit, .*; or use at least 4 ranks", {"lengths": [10, 20, 200]}),
+    (DoesNotFit, "^document 2 of 200 tokens .*: use at least 4 ranks, a capacity of", {"lengths": [10, 20, 200]}),
     (ValueError, "documents are a generator without len", {"documents": (d for d in make_documents([3, 4]))}),
     (ValueError, "document 0: token ids are of type str, not numbers", {"documents": ["to be"]}),
     (ValueError, "document 1: token ids are of type NoneType", {"documents": [torch.ones(3).long(), None]}),

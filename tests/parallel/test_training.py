@@ -93,7 +93,7 @@ def test_a_step_reports_the_buffers_of_attention():
 
 
 class _Alone:
-    assumptions = None
+    assumptions, device = None, torch.device("cpu")
 
     def __init__(self, world_size: int) -> None:
         self.rank, self.world_size, self.assumptions = 0, world_size, None
