@@ -38,6 +38,8 @@ HELP = "plan one batch: groups, balance, waiting, memory"
 CANNOT_PLAN = 3
 BAD_ARGUMENTS = 2
 CANNOT_WRITE = 1
+MODEL, DEVICE = "llama-7b", "h100-sxm"
+"""What is planned for where the user names neither, said aloud."""
 LAYERS_KEPT = ("keep_first", "keep_last", "in_flight")
 
 
@@ -135,9 +137,11 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks-per-node", type=at_least_one, default=8, help="default: 8")
     parser.add_argument("--capacity", type=at_least_one, required=True, help="tokens a rank holds in one micro-batch")
     parser.add_argument("--regime", choices=("step", "slot"), default="step", help="default: step")
-    parser.add_argument("--model", default="llama-7b", help="a shipped model, a config.json or its folder")
+    parser.add_argument(
+        "--model", help=f"a shipped model, a config.json or its folder; default: {MODEL}, which is said to be assumed"
+    )
     parser.add_argument("--profile", metavar="FILE", help="cost model and links that hdp profile measured")
-    parser.add_argument("--device", choices=list(DEVICES), default="h100-sxm", help="default: h100-sxm")
+    parser.add_argument("--device", choices=list(DEVICES), help=f"default: {DEVICE}, which is said to be assumed")
     parser.add_argument("--flops", type=float, help="operations per second that a rank attains; default: the device's")
     parser.add_argument("--intra-bandwidth", type=float, help="bytes per second between ranks of a node")
     parser.add_argument("--inter-bandwidth", type=float, help="bytes per second and rank between nodes")
@@ -158,6 +162,26 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
         default="off",
         help="off, auto, or the largest ratio allowed, 0 to 1; default: off",
     )
+
+
+def assume_missing(arguments: argparse.Namespace, command: str) -> None:
+    """Puts in the model and the device that the user left out, and says so in a line on standard error."""
+    if arguments.profile:
+        return
+    missing = [name for name in ("model", "device") if getattr(arguments, name) is None]
+    arguments.model = arguments.model or MODEL
+    arguments.device = arguments.device or DEVICE
+    if not missing:
+        return
+    known = find_device(arguments.device)
+    what = {
+        "model": f"the model {arguments.model}",
+        "device": f"the device {arguments.device} ({known.attained / 1e12:.4g} TFLOP/s, {known.intra.bandwidth / 1e9:.4g} GB/s"
+        f" inside a node, {known.inter.bandwidth / 1e9:.4g} GB/s across, where no option says otherwise)",
+    }
+    options = " and ".join(f"--{name}" for name in missing)
+    assumed = " and ".join(what[name] for name in missing)
+    print(f"{command}: assumes {assumed}: give {options}, or --profile", file=sys.stderr)
 
 
 def cluster_of(arguments: argparse.Namespace) -> tuple[Topology, CostModel]:
@@ -251,6 +275,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     with reading_arguments():
+        assume_missing(arguments, "hdp plan")
         topology, cost = cluster_of(arguments)
         lengths = lengths_of(arguments)
     bound, kind = _bound(arguments, lengths, topology, cost)

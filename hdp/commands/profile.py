@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, default=60.0, help="seconds for the model's runs; default: 60")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument(
-        "--device", choices=list(DEVICES), help="compare with this device's table; default: cpu, or h100-sxm"
+        "--device", choices=list(DEVICES), help="compare with this device of the table; default: the one that this is"
     )
     parser.add_argument("--out", metavar="FILE", help="write the profile as JSON")
 
@@ -73,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     import hdp
+    from hdp.parallel.costs import NotKnown, device_name
     from hdp.parallel.profile import profile
 
     lengths = _lengths(arguments.lengths)
@@ -87,8 +88,14 @@ def _run(arguments: argparse.Namespace) -> int:
             model, world, lengths=lengths, budget=arguments.budget, name=arguments.model or "small llama"
         )
         if world.rank == 0:
-            device = arguments.device or ("cpu" if world.device.type == "cpu" else "h100-sxm")
-            print(describe(measured, _from_shape(model, device)))
+            try:
+                shape = _from_shape(model, arguments.device or device_name(world.device))
+            except NotKnown:
+                print(
+                    f"{measured.device!r} is not in the table of devices: nothing to compare with, unless --device names one"
+                )
+                shape = None
+            print(describe(measured, shape))
             print(f"measured in {time.perf_counter() - start:.0f} s")
     if layers != measured.cost.layers:
         measured = measured.with_layers(layers)
@@ -144,17 +151,17 @@ def _from_shape(model: Any, device: str) -> CostModel:
     return CostModel.from_shape(model.config, flops=find_device(device).attained, bytes_per_element=element)
 
 
-def describe(measured: Profile, shape: CostModel) -> str:
-    """The table of lengths, and the terms beside those of the model's shape."""
+def describe(measured: Profile, shape: CostModel | None) -> str:
+    """The table of lengths, and the terms beside those of the model's shape; None: on a device that is not in the table."""
     cost = measured.cost
     lines = [
         f"{measured.model} on {measured.device}, {measured.world_size} ranks",
         f"{'documents':>9} {'tokens':>8} {'forward s':>10} {'backward s':>10} {'fit s':>9} {'error':>7} {'shape s':>9}",
     ]
     for s in measured.samples:
-        said = predicted(shape, s.length, s.documents)
+        said = "-" if shape is None else f"{predicted(shape, s.length, s.documents):.4f}"
         lines.append(
-            f"{s.documents:9} {s.length:8} {s.forward:10.4f} {s.backward:10.4f} {s.fitted:9.4f} {s.error:+7.1%} {said:9.4f}"
+            f"{s.documents:9} {s.length:8} {s.forward:10.4f} {s.backward:10.4f} {s.fitted:9.4f} {s.error:+7.1%} {said:>9}"
         )
     lines.append(f"{'per layer':34} {'measured':>12} {'from shape':>12}")
     for label, name in (
@@ -167,7 +174,8 @@ def describe(measured: Profile, shape: CostModel) -> str:
         ("bytes kept per token", "activation_bytes"),
         ("ring bytes per token, forward", "ring_bytes"),
     ):
-        lines.append(f"{label:34} {getattr(cost, name):12.4g} {getattr(shape, name):12.4g}")
+        said = "-" if shape is None else f"{getattr(shape, name):.4g}"
+        lines.append(f"{label:34} {getattr(cost, name):12.4g} {said:>12}")
     for label, link in (("inside nodes", measured.intra), ("across nodes", measured.inter)):
         if link is not None:
             lines.append(f"link {label}: {link.bandwidth / 1e6:.4g} MB/s a rank, latency {link.latency * 1e6:.3g} us")

@@ -33,6 +33,7 @@ from hdp.commands.plan import (
     BadArgumentsError,
     add_batch_arguments,
     add_cluster_arguments,
+    assume_missing,
     at_least_one,
     cluster_of,
     lengths_of,
@@ -113,6 +114,7 @@ def _run(arguments: argparse.Namespace) -> int:
             "--steps draws batches: give a --distribution or --dataset, or leave it at 1 for a file of lengths"
         )
     with reading_arguments():
+        assume_missing(arguments, "hdp simulate")
         cost, cluster = machine_of(arguments)
     outcomes: list[Outcome] = []
     failures: dict[str, str] = {}

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from hdp.balance import CostModel, Link
 from hdp.balance.distributions import read_lengths
+from hdp.balance.measured import Profile, Sample
 from hdp.cli import main
+from hdp.commands.profile import describe
 
 ARGUMENTS = ["--world-size", "8", "--ranks-per-node", "8", "--capacity", "64"]
 
@@ -149,3 +152,53 @@ def test_planning_needs_no_torch(lengths: Path) -> None:
     command = [sys.executable, "-c", script, "plan", "--lengths", str(lengths), *ARGUMENTS]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What a command that succeeds writes on standard error."""
+    assert main(list(arguments)) == 0
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "assumed"),
+    [
+        (
+            [],
+            "assumes the model llama-7b and the device h100-sxm (445.1 TFLOP/s, 370 GB/s inside a node, 45 GB/s across",
+        ),
+        (["--model", "llama-70b"], "assumes the device h100-sxm (445.1 TFLOP/s"),
+        (["--device", "l4"], "assumes the model llama-7b: give --model, or --profile"),
+        (["--model", "llama-13b", "--device", "a100-80g"], ""),
+    ],
+)
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_what_is_assumed_is_said(
+    command: str, given: list[str], assumed: str, lengths: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = said(capsys, command, "--lengths", str(lengths), *ARGUMENTS, *given)
+    assert text.count("\n") == bool(assumed) and assumed in text
+    assert text.startswith(f"hdp {command}: assumes" if assumed else "")
+
+
+def test_a_profile_leaves_nothing_to_assume(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link = Link(bandwidth=1e9)
+    cost = CostModel(layers=2, quadratic=1e-9, linear=1e-6)
+    made = Profile(
+        model="m", device="d", world_size=8, ranks_per_node=8, cost=cost, samples=(), intra=link, inter=link, parameters=10
+    )  # fmt: skip
+    made.write(tmp_path / "profile.json")
+    assert (
+        said(capsys, "plan", "--lengths", str(lengths), *ARGUMENTS, "--profile", str(tmp_path / "profile.json")) == ""
+    )
+
+
+def test_a_profile_of_a_device_that_nobody_knows_is_compared_with_nothing() -> None:
+    cost = CostModel(layers=2, quadratic=1e-9, linear=1e-6)
+    sample = Sample(length=128, documents=1, forward=1.0, backward=2.0, fitted=3.0)
+    made = Profile(
+        model="m", device="Z9", world_size=1, ranks_per_node=1, cost=cost, samples=(sample,), intra=None, inter=None,
+        parameters=10,
+    )  # fmt: skip
+    lines = describe(made, None).splitlines()
+    assert lines[2].split()[-1] == "-" and lines[4].split()[-1] == "-"
