@@ -11,7 +11,8 @@ its weight by as much relatively: matrix products round by the shape of the tile
 one rank has the same shape in both directions; an lse that kernels hand over is rounded likewise. Gradients of rows that see
 one key, or weigh one only, are differences of equal terms.
 
-``python tests/attention/test_extremes.py 2000`` explores that many cases and prints the largest error over what is allowed.
+``python tests/attention/test_extremes.py 2000`` explores that many cases and prints the largest errors, over what is allowed
+and over those of one rank.
 """
 
 from __future__ import annotations
@@ -131,8 +132,18 @@ def terms_of(data: Data, heads: HeadCount, mask: Mask, scoring: Scoring) -> dict
     }
 
 
-def shares_of_what_is_allowed(case: Case) -> dict[str, float] | None:
-    """Of each result the largest error over what is allowed; None where fp32 on one rank is not finite."""
+@dataclass(frozen=True)
+class Error:
+    """Of one result: the largest error where the sequence is shared, and on one rank; what is allowed; the sum of its terms."""
+
+    shared: float
+    single: float
+    allowed: float
+    terms: float
+
+
+def errors_of(case: Case) -> dict[str, Error] | None:
+    """None where fp32 on one rank is not finite."""
     data = case.data()
     mask, exact = MASKS[case.mask][0], torch.finfo(torch.float32).eps
     single = replace(case, name="local", backward="", size=1).run(data)
@@ -141,14 +152,14 @@ def shares_of_what_is_allowed(case: Case) -> dict[str, float] | None:
     shared = case.run(data)
     scores = dense_scores(data.q, data.k, mask, case.scoring)
     largest = scores[scores.isfinite()].abs().max()
-    shares = {}
+    found = {}
     for name, terms in terms_of(data, HEADS[case.heads], mask, case.scoring).items():
         want = getattr(data, name)
         mine, theirs = ((getattr(r, name)[0] - want).abs().max() for r in (shared, single))
         eps = exact if name == "lse" else torch.finfo(case.dtype).eps
         allowed = 4 * theirs + 8 * eps * want.abs().max() + exact * (1 + largest) * terms.max()
-        shares[name] = (mine / (allowed + 2.0**-146)).item()
-    return shares
+        found[name] = Error(*(float(x) for x in (mine, theirs, allowed + 2.0**-146, terms.max() + 2.0**-140)))
+    return found
 
 
 @pytest.mark.hypothesis  # by hand: hypothesis marks what has @given itself
@@ -157,10 +168,10 @@ def test_sharing_is_exact_at_every_scale(name: str) -> None:
     @examples(18)
     @given(case=cases(name))
     def check(case: Case) -> None:
-        shares = shares_of_what_is_allowed(case)
-        assume(shares is not None)
-        for what, share in shares.items():
-            assert share <= 1, f"{what}: {share}"  # NaN is not
+        errors = errors_of(case)
+        assume(errors is not None)
+        for what, error in errors.items():
+            assert error.shared <= error.allowed, f"{what}: {error}"  # NaN is not
 
     check()
 
@@ -274,25 +285,31 @@ def test_what_is_not_finite_stays_in_its_document_and_is_seen_there(name: str) -
 
 
 def explore(number: int) -> None:
-    """Prints, for each kind, dtype and power of ten of scores, values and gradients, the largest share of what is allowed."""
-    worst: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: dict.fromkeys(RESULTS, 0.0))
+    """Prints, for each kind, dtype and power of ten of scores, values and gradients, the largest error over what is allowed,
+    and the largest error, over the terms of its result, over that of the same sequences on one rank."""
+    found: dict[tuple[str, str], dict[str, list[Error]]] = defaultdict(lambda: defaultdict(list))
 
     @given(case=st.sampled_from(SCHEDULES).flatmap(cases))
     @settings(max_examples=number, deadline=None, database=None, derandomize=True)
     def look(case: Case) -> None:
-        shares = shares_of_what_is_allowed(case)
-        if shares is None:
+        errors = errors_of(case)
+        if errors is None:
             return
         scales = {"scores": round(case.scores), "values": case.values, "gradients": 10 * round(case.gradients / 10)}
         rows = [("", case.kind), ("", str(case.dtype)), *((name, f"1e{scale}") for name, scale in scales.items())]
         for row in rows:
-            for what, share in shares.items():
-                worst[row][what] = max(worst[row][what], math.inf if math.isnan(share) else share)
+            for what, error in errors.items():
+                found[row][what].append(error)
 
     look()
-    print(f"{'':20}" + "".join(f"{what:>10}" for what in RESULTS))
-    for row, shares in sorted(worst.items(), key=lambda item: (item[0][0], float(item[0][1]) if item[0][0] else 0)):
-        print(f"{' '.join(row):20}" + "".join(f"{shares[what]:10.2g}" for what in RESULTS))
+    print(f"{'':20}" + "".join(f"{what:>16}" for what in RESULTS))
+    for row, results in sorted(found.items(), key=lambda item: (item[0][0], float(item[0][1]) if item[0][0] else 0)):
+        cells = []
+        for errors in results.values():
+            share = max(e.shared / e.allowed for e in errors)
+            shared, single = (max(getattr(e, which) / e.terms for e in errors) for which in ("shared", "single"))
+            cells.append(f"{share:9.2g}{shared / max(single, 2.0**-140):7.2f}")
+        print(f"{' '.join(row):20}" + "".join(cells))
 
 
 if __name__ == "__main__":
