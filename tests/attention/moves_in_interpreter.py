@@ -81,7 +81,7 @@ def check_random(seed: int) -> int:
 def check_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents of one bundle and of several, whole ones among them."""
     group = (0, 1, 2)
-    lengths = (37, 5, 61, 1, 24)
+    lengths = (37, 5, 19)
     sequences = [Sequence_(length=n, group=group, schedule=name) for n in lengths]
     sequences += [Sequence_(length=19, group=(1, 0), schedule=name), Sequence_(length=9, group=(2,))]
     heads, mask, scoring = HeadCount(query=4, key=2), Mask(), Scoring(8**-0.5)
@@ -100,6 +100,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "random":
         assert max(map(check_random, range(8))) > 6
     else:
-        for schedule in ("ring", "ulysses", "token_ring"):
+        for schedule in ("token_ring", "ulysses"):
             check_attention(schedule, pytest.MonkeyPatch())
     print("alike")
