@@ -108,7 +108,7 @@ class Bound:
         return template
 
     def dtype_of(self, number: int) -> torch.dtype:
-        """Of a buffer."""
+        """The dtype of the buffer with this number."""
         width = self.lowered.buffers[number - self._first].width
         kernel = self.sum_dtype if self.geometry.widens else self.dtype
         return {"model": self.dtype, "sum": self.sum_dtype, "wire": self.wire_dtype, "kernel": kernel}[width]

@@ -116,7 +116,7 @@ class Bundle:
 
     @cached_property
     def layout(self) -> Layout:
-        """Of the nominal document."""
+        """How the nominal document is cut into chunks."""
         return self.structure.nominal(self.schedule)
 
     @cached_property

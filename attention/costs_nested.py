@@ -99,7 +99,7 @@ def _ulysses_live(shape: Shape, deal: _Deal, t: int, backward: bool) -> float:
 
 
 def ulysses_home_cost(shape: Shape, backward: bool, slices: int) -> Cost:
-    """Of member 0's tokens one half meets nobody else's, if the mask is causal; results return as partial sums."""
+    """What ``ulysses_home`` costs: half of member 0's tokens meet nobody else's if the mask is causal; sums return partial."""
     n, m, heads = shape.size, shape.member, shape.heads
     deal = _Deal(heads, n, min(slices, -(-heads.query // n)))
     others, turns = [p for p in range(n) if p != m], range(deal.slices)
@@ -210,17 +210,17 @@ class _Rings:
         return self.shape.member % self.inner
 
     def held(self, round_: int, turn: int) -> float:
-        """Of what came round the inner ring (turn > 0)."""
+        """Which part travels of what came round the inner ring (turn > 0)."""
         if round_ == 0:
             return self.shape.half_if((self.place - turn) % self.inner == 0)
         return self.shape.half_if(round_ <= self.node)
 
     def seen(self, round_: int, turn: int) -> float:
-        """Of what this member looks at."""
+        """Which part of the block at hand this member looks at."""
         return self.shape.half_if(turn <= self.place if round_ == 0 else round_ <= self.node)
 
     def passing(self, round_: int, turn: int) -> float:
-        """Of the sums that arrive from the member before, for the block at hand."""
+        """Which part of the block at hand has sums that arrive from the member before."""
         if round_ > 0:
             return self.seen(round_, turn) if turn > 0 else 0.0
         if not self.shape.causal:
@@ -247,7 +247,7 @@ class _Rings:
 
     @cached_property
     def parts(self) -> list[tuple[int, bool]]:
-        """Of a block, each of the same size: (turn at which it crosses between nodes, whether of its back half)."""
+        """Equal parts of a block: (turn at which it crosses between nodes, whether it is of the back half)."""
         halves = 2 if self.shape.causal else 1
         count = halves * (self.inner // gcd(self.inner, halves))
         return [((2 * i + 1) * self.inner // (2 * count), self.shape.causal and 2 * i >= count) for i in range(count)]

@@ -21,11 +21,11 @@ class RingForm:
     """DK and DV of a block."""
 
     def block_weight(self, hop: int) -> float:
-        """Of the block ``hop`` behind: the back half of the first place's never travels."""
+        """Which part travels of the block ``hop`` behind: the back half of the first place's never does."""
         return 0.5 if self.causal and (self.place - hop) % self.places == 0 else 1.0
 
     def seen_weight(self, hop: int) -> float:
-        """Of what this place looks at in the block ``hop`` behind."""
+        """Which part of the block ``hop`` behind this place looks at."""
         return 0.5 if self.causal and hop <= self.place else 1.0
 
     @property

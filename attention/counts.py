@@ -174,7 +174,7 @@ class _Blocks:
             self.came.update(dict.fromkeys(((kind, c) for c in chunks), chunks))
 
     def calls(self, tiles: Iterable[Tile]) -> int:
-        """Of one step's tiles."""
+        """Kernel calls of the tiles of one step."""
         tiles = list(tiles)
         for kind, chunks in (
             (Kind.Q, sorted({c for t in tiles for c in t.queries})),

@@ -90,7 +90,7 @@ def out_with_delta_kernel(
     WIDTH: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):
-    """As ``delta_kernel``; limit is the largest number of out's dtype."""
+    """Writes an out with sum(do * out) = delta for the pairs of one block; limit: the largest number of out's dtype."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
     inside = pair < pairs
     row = pair // heads
@@ -104,14 +104,14 @@ def out_with_delta_kernel(
 
 
 def delta_of_triton(do: Tensor, out: Tensor) -> Tensor:
-    """See ``hdp.attention.delta``: do, out [rows, heads, head_dim] with head_dim dense, fp32, bf16 or fp16."""
+    """delta = sum(do * out) on a GPU: do, out [rows, heads, head_dim] with head_dim dense, fp32, bf16 or fp16."""
     delta = torch.empty(do.shape[:2], dtype=torch.float32, device=do.device)
     _launch(delta_kernel, do.shape, delta, do, out)
     return delta
 
 
 def out_with_delta_triton(do: Tensor, delta: Tensor) -> Tensor:
-    """See ``hdp.attention.delta``: do [rows, heads, head_dim] with head_dim dense, fp32, bf16 or fp16; delta fp32."""
+    """An out with a given delta, on a GPU: do [rows, heads, head_dim] with head_dim dense, fp32, bf16 or fp16; delta fp32."""
     out = torch.empty(do.shape, dtype=do.dtype, device=do.device)
     limit = torch.finfo(do.dtype).max
     _launch(out_with_delta_kernel, do.shape, out, do, delta, limit)

@@ -30,7 +30,7 @@ class Cut:
     ranges: list[tuple[int, int]]
 
     def from_first(self) -> Cut:
-        """The same ranges of a tensor that begins with the first of them."""
+        """These ranges in a tensor that holds only the rows from the first range to the last."""
         ranges = [(a - self.start, b - self.start) for a, b in self.ranges]
         return Cut(0, self.stop - self.start, self.sizes, self.picks, ranges)
 
