@@ -1,13 +1,14 @@
 """A lowered program bound to tensors: descriptors of all of them for tables of moves, and views of what kernels read.
 
-Descriptors of buffers in the arena, and views into it, are the same for every layer, so they are made once for a program;
-those of a layer's own tensors are made when they are first used.
+Descriptors of buffers in the arena, and views into it, are the same for every layer, so they are made once for a program.
+Of a layer's own tensors only addresses are new: their strides are those of the layer before, and where they are not,
+what follows from them is worked out again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor
 
 from hdp.attention.backends import Backend
-from hdp.attention.backends.protocol import Cut, Cuts
+from hdp.attention.backends.protocol import Cuts
+from hdp.attention.channel import Parcel
 from hdp.attention.lowered import Call, Geometry, Lowered, Packet, Round, Rows, Space
-from hdp.attention.moves import CODES, NO_RESULTS, describe, is_fused, run_on_cpu, run_with_torch
+from hdp.attention.moves import CODES, describe, is_fused, run_on_cpu, run_results_on_cpu, run_with_torch
+from hdp.attention.program import Heads
+from hdp.attention.views import Cut, Recipe
 
 if TYPE_CHECKING:
     from hdp.attention.moves_triton import DeviceTable
@@ -50,6 +54,8 @@ class BoundCall:
     results: np.ndarray
     """As the call's, with the numbers of results behind those of the program's tensors."""
     cuts: tuple[Cuts, ...]
+    lies: dict[tuple[tuple[int, ...], ...], np.ndarray] = field(default_factory=dict)
+    """By the strides of what launches return: elements from row to row and from head to head, and dtype, of each tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +63,10 @@ class _Slot:
     """Rows of one tensor that a call reads, cut into its launches."""
 
     tensor: int
-    heads: tuple[int, int] | None
+    heads: Heads | None
     cut: Cut
     wide: bool
+    in_arena: bool
 
 
 class Bound:
@@ -84,21 +91,27 @@ class Bound:
         self.tensors = self._first + len(lowered.buffers)
         self._device = workspace.storage.device
         self._slots: list[_Slot] = []
+        self._recipes: list[Recipe | None]
+        """By slot: how views are made of a tensor that lies as that of the last call."""
+        self._strides: list[tuple[int, ...]] = []
+        """Of the caller's tensors in the last call."""
         self._numbers: dict[tuple[object, ...], int] = {}
         self._cu_seqlens: dict[bytes, Tensor] = {}
         self.rounds: tuple[Round, ...] = lowered.rounds
         self.calls = tuple(tuple(map(self._call, r.calls)) for r in lowered.rounds)
         self.fillers = tuple(map(self._call, lowered.fillers))
+        self._recipes = [None] * len(self._slots)
+        self._arena_views: list[list[Tensor] | None] = [None] * len(self._slots)
         self._template = self._describe_buffers()
         self._kept = np.flatnonzero([False] * self._first + [b.kept for b in lowered.buffers])
         self._arena = np.flatnonzero([False] * self._first + [not b.kept for b in lowered.buffers])
-        self._offsets = np.array([0] * self._first + [b.offset for b in lowered.buffers], dtype=np.int64)
+        offsets = np.array([0] * self._first + [b.offset for b in lowered.buffers], dtype=np.int64)
+        self._kept_offsets, self._arena_offsets = offsets[self._kept], offsets[self._arena]
         self.fused = is_fused(self._device, dtype)
         """Whether tables of moves run as kernels (``hdp.attention.moves_triton``)."""
         self._device_tables: dict[tuple[int, int, int], DeviceTable] = {}
         self._address = -1
-        self._arena_views: dict[int, list[Tensor]] = {}
-        self._arena_spaces: dict[tuple[int, int], Tensor] = {}
+        self._arena_parcels: dict[int, tuple[list[Parcel], list[Parcel]]] = {}
 
     def _describe_buffers(self) -> np.ndarray:
         template = np.zeros((self.tensors, 4), dtype=np.int64)
@@ -118,17 +131,26 @@ class Bound:
         arena = self.workspace.reserve(self.lowered.arena_bytes)
         if arena.data_ptr() != self._address:
             self._address = arena.data_ptr()
-            self._arena_views, self._arena_spaces = {}, {}
-            self._template[self._arena, 0] = self._offsets[self._arena] + self._address
-        return Binding(self, externals, arena, kept, self._template.copy())
+            self._arena_views, self._arena_parcels = [None] * len(self._slots), {}
+            self._template[self._arena, 0] = self._arena_offsets + self._address
+        strides = [t.stride() for t in externals]
+        if strides != self._strides:
+            self._strides = strides
+            self._lay_out(externals)
+        descriptors = self._template.copy()
+        descriptors[: self._first, 0] = [t.data_ptr() for t in externals]
+        if kept is not None and len(self._kept):
+            descriptors[self._kept, 0] = self._kept_offsets + kept.data_ptr()
+        return Binding(self, externals, arena, kept, descriptors)
 
-    def describe(self, descriptors: np.ndarray, externals: Sequence[Tensor], kept: Tensor | None) -> None:
-        """Fills in what differs from layer to layer."""
+    def _lay_out(self, externals: Sequence[Tensor]) -> None:
+        """Takes up how the caller's tensors lie; what was known of others is forgotten."""
         for number, tensor in enumerate(externals):
             if tensor.dim() > 1:
-                descriptors[number] = describe(tensor)
-        if kept is not None and len(self._kept):
-            descriptors[self._kept, 0] = self._offsets[self._kept] + kept.data_ptr()
+                self._template[number] = describe(tensor)
+        for number, slot in enumerate(self._slots):
+            if slot.tensor < self._first:
+                self._recipes[number] = None
 
     # ------------------------------------------------------------ tables on a GPU
 
@@ -172,7 +194,8 @@ class Bound:
         key = rows.tensor, rows.heads, rows.starts.tobytes(), rows.stops.tobytes(), wide
         if key not in self._numbers:
             self._numbers[key] = len(self._slots)
-            self._slots.append(_Slot(rows.tensor, rows.heads, Cut.of(rows.starts, rows.stops), wide))
+            cut, in_arena = Cut.of(rows.starts, rows.stops), self._is_in_arena(rows.tensor)
+            self._slots.append(_Slot(rows.tensor, rows.heads, cut, wide, in_arena))
         return self._numbers[key]
 
     def _cut(self, rows: np.ndarray, keys: np.ndarray) -> Cuts:
@@ -194,7 +217,7 @@ class Bound:
             size *= n
         return space[buffer.offset : buffer.offset + size].view(dtype).view(shape)
 
-    def is_in_arena(self, number: int) -> bool:
+    def _is_in_arena(self, number: int) -> bool:
         return number >= self._first and not self.lowered.buffers[number - self._first].kept
 
 
@@ -207,17 +230,16 @@ class Binding:
         self.program, self._externals, self._arena, self._kept = program, externals, arena, kept
         self.descriptors = descriptors
         self.is_on_cpu = arena.device.type == "cpu" and not program.fused
-        if self.is_on_cpu or program.fused:
-            program.describe(descriptors, externals, kept)
-        self._views: dict[int, list[Tensor]] = {}
+        self._views = program._arena_views.copy()
         self._tensors: dict[int, Tensor] = {}
+        self._typed: dict[tuple[bool, torch.dtype], Tensor] = {}
 
     def move(self, table: np.ndarray) -> None:
         """Runs a table of moves between the program's tensors."""
         if not len(table):
             return
         if self.is_on_cpu:
-            run_on_cpu(self.descriptors, NO_RESULTS, table, self.program.geometry.head_dim)
+            run_on_cpu(self.descriptors, table, self.program.geometry.head_dim)
         elif self.program.fused:
             self._run_fused(self.program.device_table(table))
         else:
@@ -239,10 +261,14 @@ class Binding:
         begin, end = int(bound.call.bounds[first]), int(bound.call.bounds[last])
         skipped = first * self.program.components
         if self.is_on_cpu:
-            row, head = self.program.backend.row_axis, 1
-            found = np.zeros((skipped + len(results), 4), dtype=np.int64)
-            found[skipped:] = [describe(t, row, head) for t in results]
-            run_on_cpu(self.descriptors, found, bound.results, self.program.geometry.head_dim, begin, end)
+            strides = tuple([t.stride() for t in results])
+            if strides not in bound.lies:
+                described = [describe(t, self.program.backend.row_axis)[1:] for t in results]
+                bound.lies[strides] = np.array(described, dtype=np.int64).reshape(-1, 3)
+            addresses, dim = [t.data_ptr() for t in results], self.program.geometry.head_dim
+            run_results_on_cpu(
+                self.descriptors, addresses, bound.lies[strides], skipped, bound.results, dim, begin, end
+            )
             return
         before = self.program.tensors + skipped
         if self.program.fused:
@@ -264,39 +290,70 @@ class Binding:
         if number < len(self._externals):
             return self._externals[number]
         if number not in self._tensors:
-            space = self._arena if self.program.is_in_arena(number) else self._kept
+            space = self._arena if self.program._is_in_arena(number) else self._kept
             assert space is not None
             self._tensors[number] = self.program.buffer(number, space)
         return self._tensors[number]
 
     def rows(self, slot: int) -> list[Tensor]:
         """What each launch of a call reads of one tensor, as the backend takes it."""
+        found = self._views[slot]
+        return self._make_views(slot) if found is None else found
+
+    def _make_views(self, slot: int) -> list[Tensor]:
         program, one = self.program, self.program._slots[slot]
-        in_arena = program.is_in_arena(one.tensor)
-        views = program._arena_views if in_arena and not one.wide else self._views
-        if slot in views:
-            return views[slot]
-        tensor = self.tensor(one.tensor)
-        if one.heads is not None:
-            tensor = tensor[:, one.heads[0] : one.heads[1]]
+        recipe = program._recipes[slot] or self._learn(slot, one)
         if one.wide:
-            found = program.backend.cut(
-                tensor[one.cut.start : one.cut.stop].to(program.sum_dtype), one.cut.from_first()
-            )
+            found = recipe.views(self._widened(one))
+            if one.in_arena:  # what is cast is as large as what came: it goes with its call
+                return found
+        elif one.tensor < len(self._externals):
+            found = recipe.views(self._externals[one.tensor])
         else:
-            found = program.backend.cut(tensor, one.cut)
-        if not (in_arena and one.wide):  # what is cast is as large as what came: it goes with its call
-            views[slot] = found
+            found = recipe.views(self._typed_space(one))
+        self._views[slot] = found
+        if one.in_arena:
+            program._arena_views[slot] = found
         return found
 
-    def space(self, packet: Packet, space: Space) -> tuple[Packet, Tensor]:
-        """What is sent, or filled, as bytes."""
+    def _learn(self, slot: int, one: _Slot) -> Recipe:
+        backend = self.program.backend
+        if one.wide:
+            recipe = Recipe.of(self._widened(one), one.cut.from_first(), None, backend.lay, backend.row_axis)
+        else:
+            tensor = self.tensor(one.tensor)
+            recipe = Recipe.of(tensor, one.cut, one.heads, backend.lay, backend.row_axis)
+            if one.tensor >= len(self._externals):
+                recipe = recipe.moved(tensor.storage_offset() - self._typed_space(one).storage_offset())
+        self.program._recipes[slot] = recipe
+        return recipe
+
+    def _widened(self, one: _Slot) -> Tensor:
+        tensor = self.tensor(one.tensor)[one.cut.start : one.cut.stop]
+        return (tensor if one.heads is None else tensor[:, one.heads[0] : one.heads[1]]).to(self.program.sum_dtype)
+
+    def _typed_space(self, one: _Slot) -> Tensor:
+        """The arena, or what is kept, in elements of a buffer."""
+        key = one.in_arena, self.program.dtype_of(one.tensor)
+        if key not in self._typed:
+            space = self._arena if one.in_arena else self._kept
+            assert space is not None
+            self._typed[key] = space.view(key[1])
+        return self._typed[key]
+
+    def parcels(self, number: int) -> tuple[list[Parcel], list[Parcel]]:
+        """What a round sends, and what it fills, as bytes."""
+        found = self.program._arena_parcels.get(number)
+        if found is None:
+            part = self.program.rounds[number]
+            found = [self._parcel(*p) for p in part.sends], [self._parcel(*p) for p in part.receives]
+            if all(space.tensor < 0 and not space.kept for _, space in (*part.sends, *part.receives)):
+                self.program._arena_parcels[number] = found
+        return found
+
+    def _parcel(self, packet: Packet, space: Space) -> Parcel:
         if space.tensor >= 0:
             return packet, self._externals[space.tensor][space.start : space.stop].view(-1).view(torch.uint8)
-        if space.kept:
-            assert self._kept is not None
-            return packet, self._kept[space.start : space.stop]
-        spaces, key = self.program._arena_spaces, (space.start, space.stop)
-        if key not in spaces:
-            spaces[key] = self._arena[space.start : space.stop]
-        return packet, spaces[key]
+        memory = self._kept if space.kept else self._arena
+        assert memory is not None
+        return packet, memory[space.start : space.stop]

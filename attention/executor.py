@@ -15,19 +15,17 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hdp.attention.backends import Backend, Scoring
 from hdp.attention.bound import Binding, Bound, BoundCall
 from hdp.attention.channel import Channel, VirtualNetwork
-from hdp.attention.lowered import LAG, Round
+from hdp.attention.lowered import LAG
 
 
-@dataclass(frozen=True)
-class Wait:
+class Wait(NamedTuple):
     """What the executor waits for when it yields."""
 
     ticket: Any
@@ -54,12 +52,15 @@ class Executor:
             serial: the same on all sharers and new for every call.
         """
         fillers = _Fillers(self, program, tensors, scoring)
-        stem = struct.pack(f"<{len(serial) + 1}q", *serial, program.is_backward)
+        stem = zlib.crc32(struct.pack(f"<{len(serial) + 1}q", *serial, program.is_backward))
         previous: Any = None
         late: deque[tuple[Any, np.ndarray]] = deque()
         for number, part in enumerate(program.rounds):
             tensors.move(part.gathers)
-            ticket = self._post(part, tensors, zlib.crc32(number.to_bytes(4, "little"), zlib.crc32(stem)))
+            ticket: Any = None
+            if part.sends or part.receives:
+                tag = zlib.crc32(number.to_bytes(4, "little"), stem) & 0x7FFFFFFF
+                ticket = self.channel.post(*tensors.parcels(number), tag)
             for call in program.calls[number]:
                 self.launch(call, tensors, scoring, 0, call.call.launches)
             if part.receives:
@@ -97,13 +98,6 @@ class Executor:
             yield Wait(ticket, "late")
             self.channel.wait_late(ticket)
             tensors.move(merges)
-
-    def _post(self, part: Round, tensors: Binding, tag: int) -> Any:
-        if not part.sends and not part.receives:
-            return None
-        sends = [tensors.space(packet, space) for packet, space in part.sends]
-        receives = [tensors.space(packet, space) for packet, space in part.receives]
-        return self.channel.post(sends, receives, tag & 0x7FFFFFFF)
 
 
 class _Fillers:

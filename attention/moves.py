@@ -19,7 +19,6 @@ from hdp.attention.merge import merge_partial
 
 CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Dtypes as descriptors name them."""
-NO_RESULTS = np.zeros((0, 4), dtype=np.int64)
 
 
 def is_fused(device: torch.device, dtype: torch.dtype) -> bool:
@@ -32,11 +31,28 @@ def describe(tensor: Tensor, row_axis: int = 0, head_axis: int = 1) -> tuple[int
     return tensor.data_ptr(), tensor.stride(row_axis), tensor.stride(head_axis), CODES[tensor.dtype]
 
 
-def run_on_cpu(
-    tensors: np.ndarray, results: np.ndarray, table: np.ndarray, dim: int, first: int = 0, last: int | None = None
+def run_on_cpu(tensors: np.ndarray, table: np.ndarray, dim: int) -> None:
+    """All moves of a table. ``tensors``: their descriptors (:func:`describe`)."""
+    _rows.run(tensors, table, dim)
+
+
+def run_results_on_cpu(
+    tensors: np.ndarray,
+    addresses: list[int],
+    lies: np.ndarray,
+    skipped: int,
+    table: np.ndarray,
+    dim: int,
+    first: int,
+    last: int,
 ) -> None:
-    """Moves [first, last) of a table. ``tensors``, ``results``: descriptors (:func:`describe`), numbered in this order."""
-    _rows.run(tensors, results, table, first, len(table) if last is None else last, dim)
+    """Moves [first, last) of a table of what launches return.
+
+    Args:
+        tensors: descriptors. addresses, lies: those of results, address and the rest apart, which are numbered behind
+            ``tensors``, and behind as many other results as ``skipped`` says.
+    """
+    _rows.run_results(tensors, addresses, lies, skipped, table, dim, first, last)
 
 
 def run_with_torch(tensor: Callable[[int], Tensor], table: np.ndarray) -> None:

@@ -5,6 +5,7 @@
 // to row and from head to head, and dtype. Tensors come as addresses, so that this file needs no torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cmath>
@@ -13,6 +14,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "partials.h"
 
@@ -202,45 +204,70 @@ void fill(const Tensor& to, const Move& m, int64_t width) {
 
 using Table = py::array_t<int64_t, py::array::c_style>;
 
-// Runs moves [first, last) of the table, in order. Tensors are numbered through both lists of descriptors.
-void run(const Table& tensors, const Table& more, const Table& moves, int64_t first, int64_t last, int64_t dim) {
-  const auto* one = reinterpret_cast<const Tensor*>(tensors.data());
-  const auto* two = reinterpret_cast<const Tensor*>(more.data());
-  const auto* all = reinterpret_cast<const Move*>(moves.data());
-  const int64_t count = tensors.shape(0), total = count + more.shape(0);
-  if (first < 0 || last > moves.shape(0)) throw std::out_of_range("rows.run: no such moves");
+// Runs moves [first, last) of a table, in order. `tensor` finds a descriptor by its number, or null.
+template <typename Find>
+void run_moves(const Find& tensor, const Move* all, int64_t first, int64_t last, int64_t dim) {
   int64_t bad = -1;
   {
     py::gil_scoped_release release;
-    auto tensor = [&](int64_t n) -> const Tensor& { return n < count ? one[n] : two[n - count]; };
     for (int64_t i = first; i < last && bad < 0; ++i) {
       const Move& m = all[i];
       const int64_t width = m.has_dim ? dim : 1;
-      if (std::max({m.source, m.target, m.source2, m.target2}) >= total || m.target < 0) {
-        bad = i;
-        break;
-      }
-      bool done = true;
-      switch (m.op) {
-        case kCopy: done = copy(tensor(m.target), tensor(m.source), m, width); break;
-        case kAdd: done = add(tensor(m.target), tensor(m.source), m, width); break;
-        case kMerge:
-          done = merge(tensor(m.target), tensor(m.target2), tensor(m.source), tensor(m.source2), m, width);
-          break;
-        case kRebuild: done = rebuild(tensor(m.target), tensor(m.source), tensor(m.source2), m, width); break;
-        case kZero:
-        case kEmpty: fill(tensor(m.target), m, width); break;
-        default: done = false;
+      const Tensor* target = tensor(m.target);
+      const Tensor* source = m.source < 0 ? nullptr : tensor(m.source);
+      const Tensor* source2 = m.source2 < 0 ? nullptr : tensor(m.source2);
+      const Tensor* target2 = m.target2 < 0 ? nullptr : tensor(m.target2);
+      bool done = target != nullptr;
+      if (done) {
+        switch (m.op) {
+          case kCopy: done = source && copy(*target, *source, m, width); break;
+          case kAdd: done = source && add(*target, *source, m, width); break;
+          case kMerge:
+            done = source && source2 && target2 && merge(*target, *target2, *source, *source2, m, width);
+            break;
+          case kRebuild: done = source && source2 && rebuild(*target, *source, *source2, m, width); break;
+          case kZero:
+          case kEmpty: fill(*target, m, width); break;
+          default: done = false;
+        }
       }
       if (!done) bad = i;
     }
   }
-  if (bad >= 0) throw std::invalid_argument("rows.run: move " + std::to_string(bad) + " is none that tensors of these dtypes allow");
+  if (bad >= 0) throw std::invalid_argument("rows: move " + std::to_string(bad) + " is none that tensors of these dtypes allow");
+}
+
+void run(const Table& tensors, const Table& moves, int64_t dim) {
+  const auto* known = reinterpret_cast<const Tensor*>(tensors.data());
+  const int64_t count = tensors.shape(0);
+  const auto find = [=](int64_t n) { return n >= 0 && n < count ? known + n : nullptr; };
+  run_moves(find, reinterpret_cast<const Move*>(moves.data()), 0, moves.shape(0), dim);
+}
+
+// Results of kernels are numbered behind the tensors and `skipped` other results. `lies`: row, head and dtype of each.
+void run_results(const Table& tensors, const std::vector<int64_t>& addresses, const Table& lies, int64_t skipped,
+                 const Table& moves, int64_t dim, int64_t first, int64_t last) {
+  const auto* known = reinterpret_cast<const Tensor*>(tensors.data());
+  const int64_t count = tensors.shape(0), made = static_cast<int64_t>(addresses.size());
+  if (first < 0 || last > moves.shape(0)) throw std::out_of_range("rows.run_results: no such moves");
+  if (lies.shape(0) != made) throw std::invalid_argument("rows.run_results: as many addresses as results");
+  std::vector<Tensor> results(addresses.size());
+  const int64_t* lie = lies.data();
+  for (int64_t i = 0; i < made; ++i) results[i] = {addresses[i], lie[3 * i], lie[3 * i + 1], lie[3 * i + 2]};
+  const Tensor* behind = results.data();
+  const auto find = [=](int64_t n) -> const Tensor* {
+    if (n < 0) return nullptr;
+    if (n < count) return known + n;
+    n -= count + skipped;
+    return n >= 0 && n < made ? behind + n : nullptr;
+  };
+  run_moves(find, reinterpret_cast<const Move*>(moves.data()), first, last, dim);
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_rows, m) {
   m.doc() = "Tables of moves of rows between tensors on the CPU.";
-  m.def("run", &run, "Runs moves [first, last) of a table between tensors given by descriptors.");
+  m.def("run", &run, "Runs a table of moves between tensors given by descriptors.");
+  m.def("run_results", &run_results, "Runs moves [first, last) of a table, some of whose tensors are results of kernels.");
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hdp import _partials
-from hdp.attention.backends.protocol import Backend, Cut, Cuts, Scoring, refuse_cuts
+from hdp.attention.backends.protocol import Backend, Cuts, Scoring, refuse_cuts
 from hdp.attention.mask import Shape
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -52,11 +52,8 @@ class CpuBackend(Backend):
         dq, dk, dv = (grad[0].transpose(0, 1) for grad in grads)
         return dq, dk, dv
 
-    def cut(self, tensor: Tensor, cut: Cut) -> list[Tensor]:
-        whole = _heads_first(tensor)
-        if cut.sizes is None:
-            return [whole[:, :, a:b] for a, b in cut.ranges]
-        return list(whole[:, :, cut.start : cut.stop].split_with_sizes(cut.sizes, 2)[cut.picks])
+    def lay(self, tensor: Tensor) -> Tensor:
+        return _heads_first(tensor)
 
     def launch(
         self, inputs: Sequence[Sequence[Tensor]], shape: Shape, scoring: Scoring, cuts: Sequence[Cuts | None]

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,38 +13,6 @@ from hdp.attention.mask import Shape
 
 Cuts = tuple[Tensor, Tensor, int, int]
 """Several rectangles in one call: cumulative rows and keys (``cu_seqlens``, int32), longest rows and keys."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Ranges of rows of one tensor, one for each launch."""
-
-    start: int
-    stop: int
-    """First row of the first range, and the row behind the last."""
-    sizes: list[int] | None
-    """Rows of all pieces in between, ranges and gaps; None: one range, or ranges that do not ascend."""
-    picks: slice
-    """Which of the pieces are ranges."""
-    ranges: list[tuple[int, int]]
-
-    def from_first(self) -> Cut:
-        """These ranges in a tensor that holds only the rows from the first range to the last."""
-        ranges = [(a - self.start, b - self.start) for a, b in self.ranges]
-        return Cut(0, self.stop - self.start, self.sizes, self.picks, ranges)
-
-    @classmethod
-    def of(cls, starts: np.ndarray, stops: np.ndarray) -> Cut:
-        ranges = list(zip(starts.tolist(), stops.tolist(), strict=True))
-        start, stop = int(starts.min()), int(stops.max())
-        gaps = starts[1:] - stops[:-1]
-        if len(ranges) == 1 or (gaps < 0).any():
-            return cls(start, stop, None, slice(None), ranges)
-        if not gaps.any():
-            return cls(start, stop, (stops - starts).tolist(), slice(None), ranges)
-        sizes = np.empty(2 * len(ranges) - 1, dtype=np.int64)
-        sizes[::2], sizes[1::2] = stops - starts, gaps
-        return cls(start, stop, sizes.tolist(), slice(0, None, 2), ranges)
 
 
 @dataclass(frozen=True)
@@ -70,7 +37,7 @@ class Backend(ABC):
     softcaps = False
     """Whether it knows a soft-cap."""
     row_axis = 0
-    """Where rows are in what :meth:`cut` makes and launches return; heads are axis 1."""
+    """Where rows are in what :meth:`lay` makes and launches return; heads are axis 1."""
     any_scale = False
     """Whether the factor on scores may be 0 or negative: fused kernels hide scores, and find the largest, before they scale."""
     widens = False
@@ -101,18 +68,16 @@ class Backend(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Partial (dq, dk, dv). lse and out are the final, global ones, or ``out`` any with the same sum(do * out)."""
 
-    def cut(self, tensor: Tensor, cut: Cut) -> list[Tensor]:
-        """What each launch reads of a tensor [rows, heads, head_dim] or [rows, heads]."""
-        if cut.sizes is None:
-            return [tensor[a:b] for a, b in cut.ranges]
-        return list(tensor[cut.start : cut.stop].split_with_sizes(cut.sizes)[cut.picks])
+    def lay(self, tensor: Tensor) -> Tensor:
+        """The view of a tensor [rows, heads, head_dim] or [rows, heads] that launches read rows of, along ``row_axis``."""
+        return tensor
 
     def launch(
         self, inputs: Sequence[Sequence[Tensor]], shape: Shape, scoring: Scoring, cuts: Sequence[Cuts | None]
     ) -> list[Tensor]:
         """Some launches: (out, lse) of each, one after the other, or (dq, dk, dv).
 
-        ``inputs``: q, k and v of each launch, in backward do, lse and out besides, as :meth:`cut` makes them.
+        ``inputs``: q, k and v of each launch, in backward do, lse and out besides: rows of what :meth:`lay` makes.
         """
         results: list[Tensor] = []
         if len(inputs) == 3:

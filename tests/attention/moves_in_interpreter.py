@@ -16,7 +16,7 @@ from hdp.attention import bound, moves_triton
 from hdp.attention.backends import Scoring
 from hdp.attention.lowered import Op
 from hdp.attention.mask import Mask
-from hdp.attention.moves import NO_RESULTS, describe, run_on_cpu
+from hdp.attention.moves import describe, run_on_cpu
 from hdp.attention.moves_triton import DeviceTable, on_device, run_on_device
 from hdp.attention.program import HeadCount
 
@@ -69,7 +69,7 @@ def check_random(seed: int) -> int:
     tensors[NARROW] = tensors[NARROW].to((torch.float32, torch.float16)[seed % 2])
     table = random_table(draw)
     expected, found = ([t.clone() for t in tensors] for _ in range(2))
-    run_on_cpu(np.array([describe(t) for t in expected]), NO_RESULTS, table, dim)
+    run_on_cpu(np.array([describe(t) for t in expected]), table, dim)
     places = np.array([[number, 0, 1] for number in range(len(tensors))])
     device_table = on_device(table, places, np.array([describe(t)[3] for t in tensors]), CPU)
     run_on_device(torch.tensor([describe(t) for t in found]), shuffled(device_table, seed), dim)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hdp.attention.delta import delta_of, delta_of_reference, out_with_delta, out_with_delta_reference
 from hdp.attention.lowered import Op
-from hdp.attention.moves import NO_RESULTS, describe, run_on_cpu
+from hdp.attention.moves import describe, run_on_cpu
 
 Rebuild = Callable[[Tensor, Tensor], Tensor]
 INF, NAN = float("inf"), float("nan")
@@ -66,7 +66,7 @@ def by_moves(do: Tensor, delta: Tensor) -> Tensor:
     """As the executor does it on the CPU, in C++ for every dtype."""
     out = torch.full(do.shape, NAN, dtype=do.dtype)
     move = [Op.REBUILD, 0, 0, 0, 2, 0, 0, *do.shape[:2], 1, 1, 0, 0, -1, 0, 0]
-    run_on_cpu(np.array([describe(t) for t in (do, delta, out)]), NO_RESULTS, np.array([move]), do.shape[2])
+    run_on_cpu(np.array([describe(t) for t in (do, delta, out)]), np.array([move]), do.shape[2])
     return out
 
 
