@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from hdp import _partials
-from hdp.attention.memory import addresses
 
 
 def delta_of(do: Tensor, out: Tensor) -> Tensor:
@@ -34,7 +33,8 @@ def delta_of(do: Tensor, out: Tensor) -> Tensor:
     dense = do.stride(-1) == out.stride(-1) == 1
     if do.device.type == "cpu" and do.dtype == out.dtype and do.dtype in (torch.float32, torch.bfloat16) and dense:
         delta = torch.empty(do.shape[:2], dtype=torch.float32)
-        _partials.delta(*addresses(delta, do, out), *do.shape, do.dtype == torch.bfloat16)
+        lies = [n for t in (delta, do, out) for n in (t.data_ptr(), t.stride(0), t.stride(1))]
+        _partials.delta(*lies, *do.shape, do.dtype == torch.bfloat16)
         return delta
     if do.is_cuda and do.dtype != torch.float64 and dense:
         from hdp.attention.delta_triton import delta_of_triton
@@ -52,7 +52,7 @@ def delta_of_reference(do: Tensor, out: Tensor) -> Tensor:
 def out_with_delta(do: Tensor, delta: Tensor) -> Tensor:
     """An ``out`` with sum(do * out) = delta, as exactly as its dtype allows: see the head of this module.
 
-    What is not finite in do or delta makes that sum not finite.
+    What is not finite in do or delta makes that sum not finite. Any device; tables of moves do it fused.
 
     Args:
         do: [rows, heads, head_dim]. delta: [rows, heads], fp32 (float64 for float64), sums of do with some out in do's dtype.
@@ -60,20 +60,6 @@ def out_with_delta(do: Tensor, delta: Tensor) -> Tensor:
     Returns:
         As do.
     """
-    dense = do.stride(-1) == 1
-    if do.device.type == "cpu" and do.dtype == delta.dtype == torch.float32 and dense:
-        out = torch.empty(do.shape, dtype=do.dtype)
-        _partials.out_with_delta(*addresses(out, do, delta), *do.shape)
-        return out
-    if do.is_cuda and delta.dtype == torch.float32 and dense:
-        from hdp.attention.delta_triton import out_with_delta_triton
-
-        return out_with_delta_triton(do, delta)
-    return out_with_delta_reference(do, delta)
-
-
-def out_with_delta_reference(do: Tensor, delta: Tensor) -> Tensor:
-    """:func:`out_with_delta` in plain torch: any device and dtype."""
     limit = torch.finfo(do.dtype).max
     wide, delta = do.to(delta.dtype), delta.unsqueeze(-1)
     largest, first = wide.abs().max(-1, keepdim=True)  # NaN is above all

@@ -20,9 +20,8 @@ from torch import Tensor
 
 from hdp import _tables
 from hdp.attention.ahead import compile_ahead
-from hdp.attention.delta_triton import stand_in
 from hdp.attention.lowered import Op
-from hdp.attention.merge_triton import merged
+from hdp.attention.rows_triton import merged, stand_in
 
 PAIRS = 16  # rows x heads of one program
 ADD, EMPTY = tl.constexpr(int(Op.ADD)), tl.constexpr(int(Op.EMPTY))

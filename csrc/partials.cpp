@@ -1,18 +1,11 @@
-// Fused CPU passes over rows of attention: the merge of partials, and what stands in for out where queries have travelled.
-//
-//   merge            out = sigmoid(lse - lse_b) * out + sigmoid(lse_b - lse) * out_b;   lse = log(exp(lse) + exp(lse_b))
-//   delta            delta = sum(do * out)
-//   out_with_delta   out such that sum(do * out) = delta
+// Passes over rows of attention on the CPU: delta = sum(do * out), and whether an lse hides what is not finite.
 //
 // Each reads and writes every tensor once. Tensors come as addresses and strides (in elements), so that this file needs no
-// torch. What is computed, and why, is said in attention/merge.py and attention/delta.py.
+// torch. What is computed, and why, is said in attention/delta.py and attention/backends/cpu.py.
 #include <pybind11/pybind11.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <stdexcept>
 
 #include "partials.h"
@@ -34,15 +27,6 @@ struct Strides {  // of [rows, heads, dim] with dim dense, or of [rows, heads]
 
 void check(const Shape& shape) {
   if (shape.rows < 0 || shape.heads < 0 || shape.dim < 0) throw std::invalid_argument("partials: negative shape");
-}
-
-template <typename Partial>
-void merge_rows(float* out, Strides out_at, float* lse, Strides lse_at, const Partial* partial, Strides partial_at,
-                const float* partial_lse, Strides partial_lse_at, Shape shape) {
-  for (int64_t row = 0; row < shape.rows; ++row)
-    for (int64_t head = 0; head < shape.heads; ++head)
-      hdp::merge_row(out + out_at.at(row, head), lse[lse_at.at(row, head)], partial + partial_at.at(row, head),
-                     partial_lse[partial_lse_at.at(row, head)], shape.dim);
 }
 
 // In double, where products of floats are exact and their sums neither overflow nor underflow.
@@ -84,19 +68,6 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void merge(uintptr_t out, int64_t out_row, int64_t out_head, uintptr_t lse, int64_t lse_row, int64_t lse_head,
-           uintptr_t partial, int64_t partial_row, int64_t partial_head, uintptr_t partial_lse, int64_t partial_lse_row,
-           int64_t partial_lse_head, int64_t rows, int64_t heads, int64_t dim, bool partial_is_bfloat16) {
-  const Shape shape{rows, heads, dim};
-  check(shape);
-  const auto run = [&](const auto* values) {
-    merge_rows(pointer<float>(out), {out_row, out_head}, pointer<float>(lse), {lse_row, lse_head}, values,
-               {partial_row, partial_head}, pointer<const float>(partial_lse), {partial_lse_row, partial_lse_head}, shape);
-  };
-  py::gil_scoped_release release;
-  partial_is_bfloat16 ? run(pointer<const BFloat16>(partial)) : run(pointer<const float>(partial));
-}
-
 void delta(uintptr_t delta, int64_t delta_row, int64_t delta_head, uintptr_t grad, int64_t grad_row, int64_t grad_head,
            uintptr_t out, int64_t out_row, int64_t out_head, int64_t rows, int64_t heads, int64_t dim,
            bool is_bfloat16) {
@@ -110,18 +81,6 @@ void delta(uintptr_t delta, int64_t delta_row, int64_t delta_head, uintptr_t gra
   is_bfloat16 ? run(pointer<const BFloat16>(grad)) : run(pointer<const float>(grad));
 }
 
-void out_with_delta(uintptr_t out, int64_t out_row, int64_t out_head, uintptr_t grad, int64_t grad_row,
-                    int64_t grad_head, uintptr_t delta, int64_t delta_row, int64_t delta_head, int64_t rows,
-                    int64_t heads, int64_t dim) {
-  check({rows, heads, dim});
-  const Strides out_at{out_row, out_head}, grad_at{grad_row, grad_head}, delta_at{delta_row, delta_head};
-  py::gil_scoped_release release;
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t head = 0; head < heads; ++head)
-      hdp::out_with_delta_row(pointer<float>(out) + out_at.at(row, head), pointer<const float>(grad) + grad_at.at(row, head),
-                         pointer<const float>(delta)[delta_at.at(row, head)], dim);
-}
-
 bool is_plain(uintptr_t values, int64_t row, int64_t head, int64_t rows, int64_t heads) {
   check({rows, heads, 0});
   py::gil_scoped_release release;
@@ -131,9 +90,7 @@ bool is_plain(uintptr_t values, int64_t row, int64_t head, int64_t rows, int64_t
 }  // namespace
 
 PYBIND11_MODULE(_partials, m) {
-  m.doc() = "Fused CPU passes over rows of attention. Each tensor is an address and its strides of rows and heads.";
-  m.def("merge", &merge, "Merges a partial (out, lse) into (out, lse) in place.");
+  m.doc() = "CPU passes over rows of attention. Each tensor is an address and its strides of rows and heads.";
   m.def("delta", &delta, "delta = sum(do * out).");
   m.def("is_plain", &is_plain, "Whether every number of [rows, heads] is finite and none is 0.");
-  m.def("out_with_delta", &out_with_delta, "Writes an out with sum(do * out) = delta.");
 }

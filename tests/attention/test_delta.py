@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from moves_by_hand import in_interpreter, rebuilt_on_cpu
 from torch import Tensor
 
-from hdp.attention.delta import delta_of, delta_of_reference, out_with_delta, out_with_delta_reference
-from hdp.attention.lowered import Op
-from hdp.attention.moves import describe, run_on_cpu
+from hdp.attention.delta import delta_of, delta_of_reference, out_with_delta
 
 Rebuild = Callable[[Tensor, Tensor], Tensor]
 INF, NAN = float("inf"), float("nan")
@@ -62,15 +56,7 @@ def check_exact(
         assert (error <= of_fp32 + of_dtype)[kept].all(), (kind, scale, value, error[kept].max())
 
 
-def by_moves(do: Tensor, delta: Tensor) -> Tensor:
-    """As the executor does it on the CPU, in C++ for every dtype."""
-    out = torch.full(do.shape, NAN, dtype=do.dtype)
-    move = [Op.REBUILD, 0, 0, 0, 2, 0, 0, *do.shape[:2], 1, 1, 0, 0, -1, 0, 0]
-    run_on_cpu(np.array([describe(t) for t in (do, delta, out)]), np.array([move]), do.shape[2])
-    return out
-
-
-REBUILDS = [out_with_delta, out_with_delta_reference, by_moves]
+REBUILDS = [out_with_delta, rebuilt_on_cpu]
 CASES = list(product(KINDS, SCALES, VALUES))
 
 
@@ -143,31 +129,29 @@ def test_float64() -> None:
 
 TRITON = """
 import torch
-from hdp.attention.delta_triton import delta_of_triton, out_with_delta_triton
+from hdp.attention.delta_triton import delta_of_triton
+from moves_by_hand import rebuilt_on_device
 from test_delta import check_delta, check_exact, check_not_finite, DTYPES, KINDS
 from itertools import product
 for dtype in DTYPES:
     # The interpreter truncates to bf16, where a GPU rounds, and reads bf16 below 1e-38 wrongly.
     exact = dtype != torch.bfloat16
     scales, values = ((1e-45, 1.0, 1e30), (1.0, 3e4, 3e38)) if exact else ((1e-23, 1.0), (1.0,))
-    check_exact(out_with_delta_triton, dtype, list(product(KINDS, scales, values)), 1.0 if exact else 4.0)
-    check_not_finite(out_with_delta_triton, dtype)
+    check_exact(rebuilt_on_device, dtype, list(product(KINDS, scales, values)), 1.0 if exact else 4.0)
+    check_not_finite(rebuilt_on_device, dtype)
     check_delta(delta_of_triton, dtype, (1e4,))
 print("exact")
 """
 
 
-def test_the_triton_kernels_in_their_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", TRITON], check=False, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "exact", done.stderr
+def test_triton_in_its_interpreter() -> None:
+    in_interpreter(TRITON, "exact")
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [(80, torch.bfloat16), (90, torch.float32), (100, torch.float16)])
-def test_the_triton_kernels_compile_ahead_of_time(capability: int, dtype: torch.dtype) -> None:
+def test_the_triton_kernel_compiles_ahead_of_time(capability: int, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
     from hdp.attention.delta_triton import compile_for
 
     ptx = compile_for(capability, dim=80, dtype=dtype)
-    assert f".target sm_{capability}" in ptx and "delta_kernel" in ptx and "out_with_delta_kernel" in ptx
+    assert f".target sm_{capability}" in ptx and "delta_kernel" in ptx

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
+from moves_by_hand import in_interpreter, merged_on_cpu
 from torch import Tensor
 
-from hdp.attention.merge import merge_partial, merge_partial_reference
+from hdp.attention.merge import merge_partial
 
 INF = float("inf")
+Merge = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+MERGES = [merge_partial, merged_on_cpu]
 
 
 def partials(rows: int, heads: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,8 +38,8 @@ def exact(out: Tensor, lse: Tensor, partial: Tensor, partial_lse: Tensor) -> tup
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("merge", [merge_partial, merge_partial_reference])
-def test_merges_are_exact(merge, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("merge", MERGES)
+def test_merges_are_exact(merge: Merge, dtype: torch.dtype) -> None:
     out, lse, partial, partial_lse = partials(9, 3, 20)
     partial = partial.to(dtype)
     want, want_lse = exact(out, lse, partial, partial_lse)
@@ -64,7 +64,7 @@ def large_partials(scale: float, rows: int = 64) -> tuple[Tensor, Tensor, Tensor
     return out, lse, partial, other_lse
 
 
-def check_large(merge, scale: float) -> None:
+def check_large(merge: Merge, scale: float) -> None:
     """Each element to some roundings of its own two terms, and what weighs nothing is no term."""
     out, lse, partial, partial_lse = large_partials(scale)
     want, want_lse = exact(out, lse, partial, partial_lse)
@@ -75,16 +75,17 @@ def check_large(merge, scale: float) -> None:
 
 
 @pytest.mark.parametrize("scale", LARGE)
-@pytest.mark.parametrize("merge", [merge_partial, merge_partial_reference])
-def test_large_values_that_weigh_nothing_leave_nothing(merge, scale: float) -> None:
+@pytest.mark.parametrize("merge", MERGES)
+def test_large_values_that_weigh_nothing_leave_nothing(merge: Merge, scale: float) -> None:
     check_large(merge, scale)
 
 
-def test_strided_views_are_merged_in_place() -> None:
+@pytest.mark.parametrize("merge", MERGES)
+def test_strided_views_are_merged_in_place(merge: Merge) -> None:
     wide = [torch.zeros(8, 6, 20), torch.full((8, 6), -INF), torch.randn(8, 6, 20), torch.randn(8, 6)]
     views = [t[1:5, 2:4] for t in wide]
     want, want_lse = exact(*views)
-    merge_partial(*views)
+    merge(*views)
     torch.testing.assert_close(views[0].double(), want, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(views[1].double(), want_lse, rtol=1e-6, atol=1e-5)
     outside = wide[0].clone()
@@ -92,7 +93,8 @@ def test_strided_views_are_merged_in_place() -> None:
     assert not outside.any()
 
 
-def test_merging_in_any_order_and_number() -> None:
+@pytest.mark.parametrize("merge", MERGES)
+def test_merging_in_any_order_and_number(merge: Merge) -> None:
     """32 partials of one softmax: fp32 error does not grow with their number."""
     draw = torch.Generator().manual_seed(1)
     scores, values = torch.randn(4, 2, 32 * 8, generator=draw) * 3, torch.randn(32 * 8, 2, 16, generator=draw)
@@ -100,24 +102,24 @@ def test_merging_in_any_order_and_number() -> None:
     out, lse = torch.zeros(4, 2, 16), torch.full((4, 2), -INF)
     for part in torch.randperm(32, generator=draw).tolist():
         s, v = scores[..., part * 8 : part * 8 + 8], values[part * 8 : part * 8 + 8]
-        merge_partial(out, lse, torch.einsum("qhk,khd->qhd", s.softmax(-1), v), s.logsumexp(-1))
+        merge(out, lse, torch.einsum("qhk,khd->qhd", s.softmax(-1), v), s.logsumexp(-1))
     torch.testing.assert_close(out.double(), want, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(lse.double(), scores.double().logsumexp(-1), rtol=1e-6, atol=1e-6)
 
 
 TRITON = """
 import torch
-from hdp.attention.merge_triton import merge_partial_triton
+from moves_by_hand import merged_on_device
 from test_merge import LARGE, check_large, exact, partials
 for scale in LARGE:
-    check_large(merge_partial_triton, scale)
+    check_large(merged_on_device, scale)
 for rows, heads, dim in ((9, 3, 20), (33, 2, 64), (4, 1, 128)):
     for dtype in (torch.float32, torch.bfloat16):
         out, lse, partial, partial_lse = partials(rows, heads, dim)
         out[0] = float("nan")  # memory that nobody has filled
         partial = partial.to(dtype)
         want, want_lse = exact(out.nan_to_num(), lse, partial, partial_lse)
-        merge_partial_triton(out, lse, partial, partial_lse)
+        merged_on_device(out, lse, partial, partial_lse)
         out[2] = out[2].nan_to_num()
         torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=1e-5)
@@ -125,17 +127,5 @@ print("merged")
 """
 
 
-def test_the_triton_kernel_in_its_interpreter() -> None:
-    pytest.importorskip("triton")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run([sys.executable, "-c", TRITON], check=False, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == "merged", done.stderr
-
-
-@pytest.mark.parametrize(("capability", "dtype"), [(80, torch.bfloat16), (90, torch.float32), (100, torch.float16)])
-def test_the_triton_kernel_compiles_ahead_of_time(capability: int, dtype: torch.dtype) -> None:
-    pytest.importorskip("triton")
-    from hdp.attention.merge_triton import compile_for
-
-    ptx = compile_for(capability, partial_dtype=dtype)
-    assert f".target sm_{capability}" in ptx and "merge_kernel" in ptx
+def test_triton_in_its_interpreter() -> None:
+    in_interpreter(TRITON, "merged")
