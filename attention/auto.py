@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hdp.attention.choose import Case, Links, Rates, choose
+from hdp.attention.choose import choose
 from hdp.attention.counts import Sizes
 from hdp.attention.lowered import Geometry
 from hdp.attention.mask import Mask
+from hdp.attention.predict import Case, Links, Rates
 from hdp.attention.schedules import SCHEDULES, get_pair, get_schedule
 
 AUTO = "auto"

@@ -43,11 +43,12 @@ import numpy as np
 from attention_grid import auto_grid, middle
 from scipy.optimize import nnls
 
-from hdp.attention.choose import Case, Links, Rates, choose
+from hdp.attention.choose import choose
 from hdp.attention.costs import cost
 from hdp.attention.counts import Sizes, count
 from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
+from hdp.attention.predict import Case, Links, Rates
 from hdp.attention.program import HeadCount
 from hdp.attention.schedules import get_schedule
 

@@ -12,7 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,8 @@ class Job:
     rounds: int
     """Each runs every candidate once; one more, before, warms up."""
     sides: tuple[str, ...] = ("hdp", "rival")
+    """``variant``: hdp with the schedule that ``variants`` has for the one of the others."""
+    variants: dict[str, str] = field(default_factory=dict)
 
 
 def documents_of(batch: Batch) -> list[Tensor]:
@@ -107,7 +109,7 @@ class HdpMesh:
             capacity=BATCHES[job.batch].capacity,
             planner="static",
             seed=None,
-            steps=len(job.schedules) * (job.rounds + 1),
+            steps=len(job.schedules) * (job.rounds + 1) * len(job.sides),
         )
         self.plan = next(self.loader.plan_batches())[1]
         self.batches: Iterator[hdp.PlannedBatch] = iter(self.loader)
@@ -129,7 +131,10 @@ class Bench:
         documents = documents_of(BATCHES[job.batch])
         ours = HdpMesh(world, job, documents)
         self.plan = ours.plan
-        self.runs: dict[str, Callable[[str], float]] = {"hdp": ours.step}
+        self.runs: dict[str, Callable[[str], float]] = {
+            "hdp": ours.step,
+            "variant": lambda schedule: ours.step(job.variants[schedule]),
+        }
         if "rival" in job.sides:
             theirs = PackedMesh(llama(job.heads, "packed"), world, ours.plan, LEARNING_RATE)
             self.runs["rival"] = lambda schedule: theirs.step(documents, schedule)

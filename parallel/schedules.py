@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hdp.attention.auto import AUTO, Chooser
-from hdp.attention.choose import Links
+from hdp.attention.predict import Links
 from hdp.balance.topology import Topology
 from hdp.parallel.costs import HOST_SECONDS, Assumptions, NotKnown, assume
 from hdp.parallel.metrics import gather_numbers

@@ -12,10 +12,11 @@ from fuzz import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.attention.choose import Case, Links, Prediction, Rates, candidates, choose, predict
+from hdp.attention.choose import candidates, choose
 from hdp.attention.counts import Sizes, count
 from hdp.attention.layout import make_layout
 from hdp.attention.mask import Mask
+from hdp.attention.predict import Case, Links, Prediction, Rates, predict
 from hdp.attention.program import HeadCount
 from hdp.attention.schedules import get_pair, get_schedule, lay_out
 

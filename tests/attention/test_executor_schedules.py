@@ -15,13 +15,13 @@ from hdp.attention.auto import Chooser
 from hdp.attention.bound import Binding
 from hdp.attention.bundle import Bundle, structure_of
 from hdp.attention.channel import VirtualNetwork
-from hdp.attention.choose import Links
 from hdp.attention.counts import Count, Sizes, count
 from hdp.attention.executor import Executor, drive_together
 from hdp.attention.layout import make_layout
 from hdp.attention.lower import Task, lower
 from hdp.attention.lowered import Geometry, Lowered
 from hdp.attention.mask import Mask
+from hdp.attention.predict import Links
 from hdp.attention.program import HeadCount
 from hdp.attention.route import LayerKey
 from hdp.attention.schedules import get_schedule, lay_out

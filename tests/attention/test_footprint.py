@@ -9,11 +9,12 @@ from fuzz import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hdp.attention.choose import Case, Links, Rates, choose
+from hdp.attention.choose import choose
 from hdp.attention.costs import cost
 from hdp.attention.counts import Sizes
 from hdp.attention.footprint import arena_bytes
 from hdp.attention.mask import Mask
+from hdp.attention.predict import Case, Links, Rates
 from hdp.attention.program import HeadCount
 
 PAIRS = [

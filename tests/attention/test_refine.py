@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from virtual import Sequence_, attend_together, make_data
 
 from hdp.attention.bundle import Bundle, structure_of
-from hdp.attention.choose import Case, Links, Rates, predict
 from hdp.attention.counts import Sizes, count
 from hdp.attention.layout import LAYOUTS, Layout, make_layout
 from hdp.attention.lower import Task, lower
 from hdp.attention.lowered import Geometry
 from hdp.attention.mask import Mask
+from hdp.attention.predict import Case, Links, Rates, predict
 from hdp.attention.program import HeadCount, Kind
 from hdp.attention.refine import refine
 from hdp.attention.schedules import get_schedule, lay_out

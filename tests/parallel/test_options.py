@@ -13,7 +13,7 @@ from tiny import make_documents
 
 import hdp
 from hdp.attention.auto import Chooser
-from hdp.attention.choose import Links
+from hdp.attention.predict import Links
 from hdp.balance import Plan
 
 LENGTHS, GROUPS, SLOTS = [90, 61, 9, 17], [(0, 1), (1, 0), (0,), (1,)], [0, 1, 1, 0]

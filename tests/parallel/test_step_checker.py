@@ -17,9 +17,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 import hdp
 from hdp.attention.auto import Chooser
-from hdp.attention.choose import Links
 from hdp.attention.exchange import Message
 from hdp.attention.mask import Mask
+from hdp.attention.predict import Links
 from hdp.balance import Plan, make_plan
 from hdp.parallel.arrangement import Arrangement, ArrangementError
 from hdp.parallel.costs import assume
