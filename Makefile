@@ -16,7 +16,7 @@ export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: train test fuzz lint types format install recipe-smollm2 figures clean
+.PHONY: train test fuzz matrix lint types format install recipe-smollm2 figures clean
 
 train: $(VENV)/.recipes  ## fine-tune a small Llama on Python's standard library, over two ranks
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/finetune.py $(ARGS)
@@ -31,6 +31,9 @@ test: $(VENV)/.dev  ## all tests
 # What it finds is kept in .hypothesis and tried first the next time; ARGS=--hypothesis-seed=7 draws the same examples again.
 fuzz: $(VENV)/.dev  ## property tests with random seeds and ten times the examples
 	$(BIN)/python -m pytest -n $(JOBS) -m hypothesis --hypothesis-profile fuzz --timeout 3600 $(ARGS)
+
+matrix: $(VENV)/.dev  ## attention, every schedule with every mask and number of heads, of which make test runs a part
+	HDP_WHOLE_MATRIX=1 $(BIN)/python -m pytest -n $(JOBS) tests/attention/test_matrix.py --dist load --timeout 3600 $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
