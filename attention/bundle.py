@@ -1,17 +1,20 @@
 """Documents that one program serves: those of one group, one structure and one schedule, packed one after the other.
 
 A schedule's program names chunks, and which chunks see each other does not depend on how long they are (zigzag and contiguous
-layouts, no window). So all such documents of a group run one program, in which a chunk is the rows of all of them: what is
-sent, copied, computed and merged is counted once for a bundle and not for each document.
+layouts), or, under a window, is said by the names of their pieces (``hdp.attention.pieces``). So all such documents of a group
+run one program, in which a chunk is the rows of all of them: what is sent, copied, computed and merged is counted once for a
+bundle and not for each document.
 
 [Note: nominal rows] A program is laid out for one *nominal* document whose chunks have a few tokens each; rows of its tensors
 are nominal rows. :meth:`Bundle.rows` turns a border between chunks into the row at which it lies in each document's own
-part. Windows and stripes make a program depend on the length: there a bundle holds documents of one length, and nominal
-rows are their own.
+part. Stripes, and parts of chunks under a window, make a program depend on the length: there a bundle holds documents of one
+length, and nominal rows are their own. Between borders, what a window or stripes allow is cut document by document
+(``hdp.attention.regions``).
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -20,16 +23,17 @@ import numpy as np
 
 from hdp.attention.layout import Layout, make_layout, parse_layout
 from hdp.attention.mask import Mask
-from hdp.attention.schedules import get_schedule, lay_out
+from hdp.attention.pieces import UNIT, Family, family_of
+from hdp.attention.schedules import cuts_chunks, get_schedule, lay_out, ways_of
 from hdp.attention.schedules.double_ring import DoubleRing
+from hdp.attention.schedules.sight import sight_of
 
-UNIT = 2
-"""Tokens of a nominal chunk: two, so that a chunk on itself is a square with a diagonal, and not one full pair."""
+Ways = tuple[tuple[int, bool], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Structure:
-    """What of a document decides its program, its group and the schedule apart."""
+    """What documents of one group and schedule must have in common to run as one."""
 
     layout: str
     size: int
@@ -38,26 +42,6 @@ class Structure:
     length: int | None
     """Tokens, where the program depends on them; None: any."""
 
-    def nominal(self, schedule: str) -> Layout:
-        """The layout of the nominal document, cut as the schedule sends it. See [Note: nominal rows]."""
-        return _nominal(self, schedule)
-
-    def tokens(self, schedule: str, lengths: np.ndarray) -> np.ndarray:
-        """Tokens [documents, chunks] of documents of these lengths, in the chunks of :meth:`nominal`."""
-        if self.length is not None:
-            layout = self.nominal(schedule)
-            row = [layout.tokens(c) for c in range(len(layout.chunks))]
-            return np.tile(np.array(row, dtype=np.int64), (len(lengths), 1))
-        members = np.arange(self.size)
-        shares = lengths[:, None] // self.size + (members < lengths[:, None] % self.size)
-        if self.layout == "zigzag":
-            shares = np.concatenate([(shares + 1) // 2, shares[:, ::-1] // 2], axis=1)
-        parts = _parts(self, schedule)
-        if parts == 1:
-            return shares
-        cuts = shares[:, :, None] * np.arange(parts + 1) // parts
-        return np.diff(cuts, axis=2).reshape(len(lengths), -1)
-
 
 def structure_of(layout: str, length: int, size: int, mask: Mask) -> Structure:
     """The structure of one document."""
@@ -65,25 +49,77 @@ def structure_of(layout: str, length: int, size: int, mask: Mask) -> Structure:
         mask = Mask(causal=mask.causal)
     layout = "contiguous" if size == 1 else layout
     # A chunk without tokens need not travel, so a document of fewer tokens than chunks has a program of its own, too.
-    plain = mask.window is None and parse_layout(layout)[0] != "striped" and (size == 1 or length >= 2 * size)
+    plain = parse_layout(layout)[0] != "striped" and (size == 1 or length >= 2 * size)
     return Structure(layout, size, mask, None if plain else length)
 
 
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """What of a bundle decides its program, its group apart."""
+
+    layout: str
+    size: int
+    mask: Mask
+    """Any window stands for all, unless there is a length."""
+    schedule: str
+    length: int | None
+    """As the structure's."""
+    family: Family | None
+    """The pieces into which a window cuts the chunks; None: they stay whole."""
+    both_ways: Ways = ()
+    """For which (direction, is_key) pieces go the shorter way round (``Sight.ways``)."""
+
+    @property
+    def nominal(self) -> Layout:
+        """The layout of the nominal document, cut as the schedule sends it. See [Note: nominal rows]."""
+        return _nominal(self)
+
+
 @lru_cache(maxsize=1024)
-def _nominal(structure: Structure, schedule: str) -> Layout:
-    if structure.length is not None:
-        return lay_out(make_layout(structure.layout, structure.length, structure.size), structure.mask, schedule)
-    tokens = UNIT * _parts(structure, schedule)
-    chunks = structure.size * (2 if structure.layout == "zigzag" else 1)
-    return lay_out(make_layout(structure.layout, tokens * chunks, structure.size), structure.mask, schedule)
+def _nominal(pattern: Pattern) -> Layout:
+    if pattern.length is not None:
+        return lay_out(make_layout(pattern.layout, pattern.length, pattern.size), pattern.mask, pattern.schedule)
+    if pattern.family is not None:
+        return pattern.family.pieces(pattern.both_ways)
+    tokens = UNIT * _parts(pattern.layout, pattern.size, pattern.schedule)
+    chunks = pattern.size * (2 if pattern.layout == "zigzag" else 1)
+    return lay_out(make_layout(pattern.layout, tokens * chunks, pattern.size), Mask(), pattern.schedule)
 
 
-def _parts(structure: Structure, name: str) -> int:
+def _parts(layout: str, size: int, name: str) -> int:
     """Pieces into which the schedule cuts each chunk."""
     schedule = get_schedule(name)
-    if structure.size == 1 or not isinstance(schedule, DoubleRing):
+    if size == 1 or not isinstance(schedule, DoubleRing):
         return 1
-    return schedule.parts(make_layout(structure.layout, 2 * structure.size, structure.size))
+    return schedule.parts(make_layout(layout, 2 * size, size))
+
+
+def bundles_of(
+    structure: Structure,
+    schedule: str,
+    group: tuple[int, ...],
+    member: int,
+    sequences: Sequence[int],
+    lengths: Sequence[int],
+    first_rows: Sequence[int],
+) -> list[Bundle]:
+    """Documents of one structure, as :class:`Bundle` takes them, in as few bundles as one program each serves."""
+    bundle = Bundle(structure, schedule, group, member, sequences, lengths, first_rows)
+    parts: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for number, kind in enumerate(map(tuple, bundle.kinds().tolist())):
+        parts[kind].append(number)
+    if len(parts) == 1:
+        return [bundle]
+    return [
+        Bundle(
+            structure,
+            schedule,
+            group,
+            member,
+            *([values[n] for n in some] for values in (sequences, lengths, first_rows)),
+        )
+        for some in parts.values()
+    ]
 
 
 class Bundle:
@@ -110,53 +146,139 @@ class Bundle:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.first_rows = np.asarray(first_rows, dtype=np.int64)
         self._ends: dict[tuple[int, ...], np.ndarray] = {}
-        self._borders: dict[tuple[int, ...], dict[int, int]] = {}
-        self._bases: dict[tuple[int, ...], np.ndarray] = {}
-        self._counts: dict[tuple[int, ...], int] = {}
+        self._ranges: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+
+    # ------------------------------------------------------------ what it runs
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        """What its outline is made of. Raises ValueError where one program does not serve all of its documents."""
+        structure, mask, length = self.structure, self.structure.mask, self.structure.length
+        if length is None and mask.window is not None and self._is_cut_by_length:
+            length = int(self.lengths[0])
+            if (self.lengths != length).any():
+                raise ValueError(
+                    f"schedule {self.schedule!r} under a window runs documents of one length, not {self.lengths}"
+                )
+        if length is None and mask.window is not None:
+            mask = Mask(causal=mask.causal, window=1)
+        ways: Ways = ()
+        if self._family is not None:
+            far_and_near = self._far_and_near
+            ways = tuple(way for way, (far, near) in far_and_near.items() if 2 * near.sum() <= far.sum())
+        return Pattern(structure.layout, structure.size, mask, self.schedule, length, self._family, ways)
+
+    def kinds(self) -> np.ndarray:
+        """[documents, n]: documents for which all numbers are equal may run as one."""
+        if self.structure.mask.window is not None and self._is_cut_by_length:
+            return self.lengths[:, None]
+        ways = [2 * near <= far for far, near in self._far_and_near.values()] if self._family is not None else []
+        return np.stack(ways, axis=1) if ways else np.zeros((len(self.lengths), 0), dtype=bool)
+
+    @cached_property
+    def _is_cut_by_length(self) -> bool:
+        """Whether the schedule cuts chunks by their tokens, besides where windows end."""
+        return self.structure.size > 1 and isinstance(get_schedule(self.schedule), DoubleRing)
+
+    @cached_property
+    def _family(self) -> Family | None:
+        structure, window = self.structure, self.structure.mask.window
+        if window is None or structure.length is not None or structure.size == 1 or self._is_cut_by_length:
+            return None
+        if not cuts_chunks(self.schedule):
+            return None
+        keys_stay = any(not is_key for _, is_key, _ in ways_of(self.schedule))
+        return family_of(structure.layout, structure.size, self._shares, window, keys_together=keys_stay)
+
+    @cached_property
+    def _far_and_near(self) -> dict[tuple[int, bool], tuple[np.ndarray, np.ndarray]]:
+        """By (direction, is_key), tokens times hops of each document: one way round, and by the shortest ways."""
+        assert self._family is not None
+        pieces, found = self._family.pieces(), {}
+        for direction, is_key, width in ways_of(self.schedule):
+            if self.structure.size % width:
+                continue  # its program says so
+            sight = sight_of(pieces, Mask(causal=self.structure.mask.causal, window=1), width)
+            shortest = sight.shortest_ways(direction, is_key)
+            far, near = sight.distances_of(shortest, direction, is_key)
+            found[direction, is_key] = self.tokens @ np.array(far), self.tokens @ np.array(near)
+        return found
+
+    # ------------------------------------------------------------ rows
 
     @cached_property
     def layout(self) -> Layout:
         """How the nominal document is cut into chunks."""
-        return self.structure.nominal(self.schedule)
+        return self.pattern.nominal
+
+    @cached_property
+    def _shares(self) -> np.ndarray:
+        """Tokens [documents, chunks] of whole chunks, zigzag or contiguous."""
+        size, lengths = self.structure.size, self.lengths[:, None]
+        shares = lengths // size + (np.arange(size) < lengths % size)
+        if self.structure.layout == "zigzag":
+            return np.concatenate([(shares + 1) // 2, shares[:, ::-1] // 2], axis=1)
+        return shares
 
     @cached_property
     def tokens(self) -> np.ndarray:
-        """[documents, chunks]."""
-        return self.structure.tokens(self.schedule, self.lengths)
+        """[documents, chunks] of :attr:`layout`."""
+        if self._family is not None:
+            window = self.structure.mask.window
+            assert window is not None
+            return self._family.cut(self._shares, window)
+        if self.pattern.length is not None:
+            row = [self.layout.tokens(c) for c in range(len(self.layout.chunks))]
+            return np.tile(np.array(row, dtype=np.int64), (len(self.lengths), 1))
+        parts = _parts(self.structure.layout, self.structure.size, self.schedule)
+        if parts == 1:
+            return self._shares
+        cuts = self._shares[:, :, None] * np.arange(parts + 1) // parts
+        return np.diff(cuts, axis=2).reshape(len(self.lengths), -1)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """The first token of each chunk, where chunks are in the order of their tokens."""
+        return np.cumsum(self.tokens, axis=1) - self.tokens
+
+    def ranges(self, chunks: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Token ranges [n, 2] of these chunks, document after document, and [documents + 1] where each document's begin."""
+        if chunks not in self._ranges:
+            count = len(self.lengths)
+            if self.pattern.length is not None:
+                one = np.array([r for c in chunks for r in self.layout.chunks[c]], dtype=np.int64).reshape(-1, 2)
+                found = np.tile(one, (count, 1))
+            else:
+                starts = self._starts[:, list(chunks)]
+                found = np.stack([starts, starts + self.tokens[:, list(chunks)]], axis=2).reshape(-1, 2)
+            self._ranges[chunks] = np.arange(count + 1) * (len(found) // max(count, 1)), found
+        return self._ranges[chunks]
 
     def ends(self, chunks: tuple[int, ...]) -> np.ndarray:
-        """[documents, chunks + 1]: within one document, where the first chunk begins (0) and each of them ends."""
+        """[chunks + 1, documents]: within one document, where the first chunk begins (0) and each of them ends."""
         if chunks not in self._ends:
-            found = np.zeros((len(self.lengths), len(chunks) + 1), dtype=np.int64)
-            np.cumsum(self.tokens[:, list(chunks)], axis=1, out=found[:, 1:])
+            found = np.zeros((len(chunks) + 1, len(self.lengths)), dtype=np.int64)
+            np.cumsum(self.tokens[:, list(chunks)].T, axis=0, out=found[1:])
             self._ends[chunks] = found
         return self._ends[chunks]
 
-    def bases(self, chunks: tuple[int, ...]) -> np.ndarray:
-        """[documents]: first row of each document in a tensor that holds these chunks of all, document after document."""
-        if chunks not in self._bases:
-            totals = self.ends(chunks)[:, -1]
-            self._bases[chunks] = np.cumsum(totals) - totals
-        return self._bases[chunks]
-
     def count(self, chunks: tuple[int, ...]) -> int:
-        """Rows of such a tensor."""
-        if chunks not in self._counts:
-            self._counts[chunks] = int(self.ends(chunks)[:, -1].sum())
-        return self._counts[chunks]
+        """Rows of a tensor that holds these chunks of all documents."""
+        return int(self.ends(chunks)[-1].sum())
+
+    def borders(self, chunks: tuple[int, ...], bases: np.ndarray | None = None) -> np.ndarray:
+        """[nominal borders, documents]: rows of such a tensor, document after document, for :meth:`at`.
+
+        ``bases``: first row of each document; None: one lies behind the other.
+        """
+        ends = self.ends(chunks)
+        start = np.cumsum(ends[-1]) - ends[-1] if bases is None else bases
+        return start[None] if self.pattern.length is not None else start + ends
+
+    def at(self, borders: np.ndarray, nominal: int) -> np.ndarray:
+        """[documents]: the row that is ``nominal`` in the nominal document. See [Note: nominal rows]."""
+        return borders[0] + nominal if self.pattern.length is not None else borders[nominal // UNIT]
 
     def rows(self, chunks: tuple[int, ...], nominal: int, bases: np.ndarray | None = None) -> np.ndarray:
-        """[documents]: the row that is ``nominal`` in the nominal document, in a tensor of these chunks.
-
-        ``bases``: first row of each document; None: as :meth:`bases`. See [Note: nominal rows].
-        """
-        start = self.bases(chunks) if bases is None else bases
-        if self.structure.length is not None:
-            return start + nominal
-        if chunks not in self._borders:
-            border, at = {0: 0}, 0
-            for i, chunk in enumerate(chunks):
-                at += self.layout.tokens(chunk)
-                border[at] = i + 1
-            self._borders[chunks] = border
-        return start + self.ends(chunks)[:, self._borders[chunks][nominal]]
+        """:meth:`at` in a tensor of these chunks."""
+        return self.at(self.borders(chunks, bases), nominal)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hdp.attention.lowered import Call, Round
-from hdp.attention.outlined import KernelCall
+from hdp.attention.outlined import KernelCall, Region
 from hdp.attention.program import HeadCount, Heads
 
 GRAIN = 4
@@ -26,7 +26,7 @@ class Local:
 
     index: int
     """The bundle's."""
-    call: KernelCall
+    call: KernelCall | Region
     costs: np.ndarray
     """Of each document, query-key pairs times heads."""
 

@@ -11,16 +11,18 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from hdp.attention.bundle import Bundle
 from hdp.attention.fillers import Local, local_calls
 from hdp.attention.launches import Launches
-from hdp.attention.lowered import Geometry, Lowered, Op, Packet, Round, Space
+from hdp.attention.lowered import Call, Geometry, Lowered, Op, Packet, Round, Space
 from hdp.attention.outline import outline
-from hdp.attention.outlined import Mail, Move, Outline, Piece
+from hdp.attention.outlined import KernelCall, Mail, Move, Outline, Piece, Region
 from hdp.attention.places import Ref
+from hdp.attention.regions import Regions
 from hdp.attention.spaces import Message, Root, Spaces, laid_out, whole
 from hdp.attention.tables import Tables, Tensor, stack
 
@@ -84,7 +86,7 @@ class _Lowering:
         for one in self.outlines:
             first.append(first[-1] + len(one.drafts))
         self.tables = Tables(self.bundles, self.outlines, geometry, self.externals, first)
-        self.launches = Launches(self.tables, backward, packs)
+        self.launches, self.regions = Launches(self.tables, backward, packs), Regions(self.tables, backward, packs)
         self.spaces = Spaces(self.tables)
         self.dense: set[str] = set()
         self.sends_delta = False
@@ -96,14 +98,14 @@ class _Lowering:
         aliases = self.spaces.make_roots(incoming)
         drafts = [self._round(step, outgoing[step], incoming[step], aliases) for step in range(count)]
         local = [
-            Local(index, call, self.launches.costs(index, call))
+            Local(index, call, self._maker(call).costs(index, call))
             for index, one in enumerate(self.outlines)
             if one.is_local
             for turn in one.turns
             for call in turn.calls
         ]
         rounds, fillers = local_calls(
-            local, [d.part for d in drafts], self.geometry.heads, self.launches.call, packs=self.packs
+            local, [d.part for d in drafts], self.geometry.heads, self._calls, packs=self.packs
         )
         finals = [
             self.tables.empties(),
@@ -126,12 +128,19 @@ class _Lowering:
     def _outline(self, task: Task) -> Outline:
         bundle = task.bundle
         try:
-            return outline(bundle.structure, bundle.member, task.names, self.backward, self.geometry)
+            return outline(bundle.pattern, bundle.member, task.names, self.backward, self.geometry)
         except ValueError as error:
             raise ValueError(
                 f"sequence {bundle.sequences[0]}, shared by ranks {bundle.group}, schedule {task.names[self.backward]!r}:"
                 f" {error}"
             ) from error
+
+    def _maker(self, call: KernelCall | Region) -> Launches | Regions:
+        return self.regions if isinstance(call, Region) else self.launches
+
+    def _calls(self, index: int, call: KernelCall | Region, **which: Any) -> tuple[list[Call], np.ndarray]:
+        """Launches of one bundle, and what must be emptied before."""
+        return self._maker(call).call(index, call, **which)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------ messages
 
@@ -226,7 +235,8 @@ class _Lowering:
         for index, piece in pieces:
             rows = self.bundles[index].count(piece.chunks)
             number = self.spaces.add(root, rows, piece.heads, piece.has_dim, piece.width)
-            target = Tensor(piece.chunks, piece.heads, piece.has_dim, piece.width, None, False)
+            borders = self.bundles[index].borders(piece.chunks)
+            target = Tensor(piece.chunks, piece.heads, piece.has_dim, piece.width, borders, False)
             packs.append(self.tables.table(((index, move) for move in piece.moves), made=(number, target)))
         self.spaces.lay_out(root)
         return lambda: Space(-1, root.at, root.at + root.bytes)
@@ -263,7 +273,7 @@ class _Lowering:
         for index, turn in turns:
             if not self.outlines[index].is_local:
                 for call in turn.calls:
-                    made, empty = self.launches.call(index, call)
+                    made, empty = self._calls(index, call)
                     gathers.append(empty)
                     calls += made
         part = Round(

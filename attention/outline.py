@@ -1,7 +1,7 @@
 """Outlines one rank's program of one bundle: moves, messages and kernel calls on nominal rows.
 
 A program says which chunks travel and which tiles are computed; an outline says in which tensors they lie, what is copied,
-which kernel calls a tile takes and what becomes of their results. It holds for every bundle of the same structure, whatever
+which kernel calls a tile takes and what becomes of their results. It holds for every bundle of the same pattern, whatever
 its documents' lengths (see ``hdp.attention.bundle``), so it is kept from one micro-batch to the next;
 ``hdp.attention.lower`` fills in rows and bytes.
 """
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from hdp.attention.bundle import Structure
+from hdp.attention.bundle import Pattern
 from hdp.attention.gathering import Gathering
 from hdp.attention.layout import Layout
 from hdp.attention.lowered import COMPONENTS, LAG, READY, Geometry, Op, Width, wire_width
@@ -38,12 +38,12 @@ from hdp.attention.tiles import Tiles
 
 
 @lru_cache(maxsize=2048)
-def outline(structure: Structure, member: int, names: tuple[str, str], backward: bool, geometry: Geometry) -> Outline:
+def outline(pattern: Pattern, member: int, names: tuple[str, str], backward: bool, geometry: Geometry) -> Outline:
     """The outline of one member's program. Raises ValueError if the schedules (forward, backward) do not serve the group."""
-    layout, pair = structure.nominal(names[backward]), get_pair(*names)
+    layout, pair = pattern.nominal, get_pair(*names)
     make = pair.backward if backward else pair.forward
-    program = make(layout, structure.mask, geometry.heads, member)
-    return _Outliner(program, layout, structure.mask, member, geometry, backward).run()
+    program = make(layout, pattern.mask, geometry.heads, member)
+    return _Outliner(program, layout, pattern.mask, member, geometry, backward).run()
 
 
 class _Outliner:
@@ -124,7 +124,7 @@ class _Outliner:
 
     def _is_one_call(self) -> bool:
         """Whole documents that one kernel call computes: nothing is ever merged, so outputs are written directly."""
-        if self.layout.size > 1 or len(self.program.steps) > 1:
+        if self.layout.size > 1 or len(self.program.steps) > 1 or self.mask.window is not None:
             return False
         whole = ((0, self.layout.length),)
         return len(decompose(self.mask, whole, whole)) == 1

@@ -37,6 +37,30 @@ class KernelCall:
 
 
 @dataclass(frozen=True, slots=True)
+class Sum:
+    """What a region's kernel calls return for some of its rows, or keys, is added to."""
+
+    source: tuple[Ref, ...]
+    """Results, and nominal rows of the region."""
+    target: tuple[Ref, ...]
+    first: bool
+    """Whether nothing was written there before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What the mask allows of some chunks' queries and keys: cut into rectangles document by document."""
+
+    queries: tuple[int, ...]
+    keys: tuple[int, ...]
+    inputs: tuple[Ref, ...]
+    """All rows of the region, as a kernel call's."""
+    heads: int
+    """Query heads."""
+    sums: tuple[Sum, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """One component of one transfer."""
 
@@ -77,7 +101,7 @@ class Turn:
     fills: tuple[Ref, ...]
     sends: tuple[Mail, ...]
     receives: tuple[Mail, ...]
-    calls: tuple[KernelCall, ...]
+    calls: tuple[KernelCall | Region, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,4 +157,19 @@ def join(moves: Iterable[Move]) -> list[Move]:
                 continue
         last[key] = len(joined)
         joined.append(move)
+    return joined
+
+
+def join_sums(sums: Iterable[Sum]) -> list[Sum]:
+    """The same sums; those whose rows lie one after the other on both sides in one."""
+    joined: list[Sum] = []
+    for one in sums:
+        last = joined[-1] if joined else None
+        if last is not None and last.first == one.first and len(last.target) == len(one.target):
+            pairs = list(zip((*last.source, *last.target), (*one.source, *one.target), strict=True))
+            if all((a.tensor, a.stop, a.heads) == (b.tensor, b.start, b.heads) for a, b in pairs):
+                both = tuple(Ref(a.tensor, a.start, b.stop, a.heads) for a, b in pairs)
+                joined[-1] = Sum(both[: len(one.source)], both[len(one.source) :], one.first)
+                continue
+        joined.append(one)
     return joined

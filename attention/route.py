@@ -17,7 +17,7 @@ from torch import Tensor
 from hdp.attention.auto import Chooser, parse_schedule, resolve
 from hdp.attention.backends import Backend, backend_names, resolve_backend
 from hdp.attention.bound import Bound, Workspace
-from hdp.attention.bundle import Bundle, Structure, structure_of
+from hdp.attention.bundle import Structure, bundles_of, structure_of
 from hdp.attention.calls import Calls
 from hdp.attention.channel import Channel
 from hdp.attention.executor import Executor
@@ -258,7 +258,8 @@ class Route:
         for (group, names, structure), members in bundles.items():
             numbers, lengths, rows = zip(*members, strict=True)
             member = group.index(self.runtime.rank)
-            tasks.append(Task(Bundle(structure, names[backward], group, member, numbers, lengths, rows), names))
+            made = bundles_of(structure, names[backward], group, member, numbers, lengths, rows)
+            tasks += [Task(bundle, names) for bundle in made]
         return tasks
 
     def schedules(self, shard: RouteShard, key: LayerKey) -> tuple[str, str]:

@@ -26,8 +26,8 @@ class Tensor:
     heads: int
     has_dim: bool
     width: Width
-    bases: np.ndarray | None
-    """First row of each document; None: as they lie one after the other."""
+    borders: np.ndarray
+    """Rows at which chunks of each document begin and end (``Bundle.borders``)."""
     is_lse: bool
 
 
@@ -58,15 +58,28 @@ class Tables:
             one, bundle = self.outlines[index], self.bundles[index]
             if tensor >= len(self.externals):
                 draft = one.drafts[tensor - len(self.externals)]
-                found = Tensor(draft.chunks, draft.heads, draft.has_dim, draft.width, None, tensor in one.lse)
+                borders = bundle.borders(draft.chunks)
+                found = Tensor(draft.chunks, draft.heads, draft.has_dim, draft.width, borders, tensor in one.lse)
             else:
                 name, heads = self.externals[tensor], self.geometry.heads
                 has_dim = name not in WITHOUT_DIM
                 count = heads.key if name in PER_KEY else heads.query
                 width: Width = "model" if has_dim else "sum"
-                found = Tensor(one.owned, count, has_dim, width, bundle.first_rows, tensor in one.lse)
+                borders = self._own_borders(index)
+                found = Tensor(one.owned, count, has_dim, width, borders, tensor in one.lse)
             self._tensors[key] = found
         return self._tensors[key]
+
+    def _own_borders(self, index: int) -> np.ndarray:
+        """Of the caller's tensors, in which documents of other bundles lie between."""
+        if index not in self._owned:
+            bundle = self.bundles[index]
+            self._owned[index] = bundle.borders(self.outlines[index].owned, bundle.first_rows)
+        return self._owned[index]
+
+    @cached_property
+    def _owned(self) -> dict[int, np.ndarray]:
+        return {}
 
     @cached_property
     def _tensors(self) -> dict[tuple[int, int], Tensor]:
@@ -77,7 +90,7 @@ class Tables:
         key = index, ref.tensor, nominal
         if key not in self._rows:
             tensor = self.tensor(index, ref.tensor)
-            self._rows[key] = self.bundles[index].rows(tensor.chunks, nominal, tensor.bases)
+            self._rows[key] = self.bundles[index].at(tensor.borders, nominal)
         return self._rows[key]
 
     @cached_property
@@ -119,7 +132,7 @@ class Tables:
         for (column, place), ref in zip(TARGETS, targets, strict=False):
             if made is not None and ref.tensor == RESULT:
                 row[column], tensor = made
-                rows, stops = (self.bundles[index].rows(tensor.chunks, n) for n in (ref.start, ref.stop))
+                rows, stops = (self.bundles[index].at(tensor.borders, n) for n in (ref.start, ref.stop))
             else:
                 row[column], tensor = self.number(index, ref.tensor), self.tensor(index, ref.tensor)
                 rows, stops = self.rows(index, ref, ref.start), self.rows(index, ref, ref.stop)

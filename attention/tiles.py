@@ -1,4 +1,8 @@
-"""Turns the tiles of a program into kernel calls: rectangles of the mask on nominal rows, and where their results go."""
+"""Turns the tiles of a program into kernel calls: rectangles of the mask on nominal rows, and where their results go.
+
+Where a window or stripes make rectangles depend on the length, a tile becomes regions, which are cut for each document when the
+program is lowered (``hdp.attention.regions``).
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 from hdp.attention.gathering import INPUTS, Gathering
-from hdp.attention.layout import Layout, Ranges
+from hdp.attention.layout import Layout, Range, Ranges
 from hdp.attention.lowered import Geometry
 from hdp.attention.mask import Mask, Rectangle, decompose
-from hdp.attention.outlined import RESULT, KernelCall, Move, added, join
+from hdp.attention.outlined import RESULT, KernelCall, Region, Sum, added, join, join_sums
 from hdp.attention.places import Place, Places, Ref, Root
 from hdp.attention.program import Heads, Kind, Tile
+from hdp.attention.schedules.sight import sight_of
 
 SUMS = {False: ((Kind.OUT,), ()), True: ((Kind.DQ,), (Kind.DKV,))}
 """By direction what a tile adds to for its queries, and for its keys."""
@@ -25,18 +30,25 @@ class Tiles:
     ) -> None:
         self.layout, self.mask, self.geometry = layout, mask, geometry
         self.places, self.gathering, self.backward = places, gathering, backward
+        self.by_document = mask.window is not None or not gathering.is_plain
+        """Whether tiles are cut into rectangles document by document."""
+        self.sight = sight_of(layout, mask)
         self.fills: list[Ref] = []
 
-    def calls(self, tile: Tile) -> list[KernelCall]:
+    def calls(self, tile: Tile) -> list[KernelCall | Region]:
         """The tile's kernel calls; room is made for accumulators of tokens that live elsewhere."""
         self._provide(tile)
-        calls = []
+        calls: list[KernelCall | Region] = []
         query_kinds, key_kinds = INPUTS[self.backward]
         for heads in self._head_pieces(tile):
             key_heads = self.geometry.heads.keys_for(heads)
             query_runs = self._runs(query_kinds, tile.queries, heads)
             key_runs = self._runs(key_kinds, tile.keys, key_heads)
             for queries, keys in itertools.product(query_runs, key_runs):
+                if self.by_document:
+                    if self.sight.seeing(queries.chunks, keys.chunks):
+                        calls.append(self._region(queries, keys, heads, key_heads))
+                    continue
                 for rectangle in decompose(self.mask, queries.ranges, keys.ranges):
                     calls.append(self._call(rectangle, queries, keys, heads, key_heads))
         return calls
@@ -99,24 +111,44 @@ class Tiles:
         return runs
 
     def _call(self, r: Rectangle, queries: _Run, keys: _Run, heads: Heads, key_heads: Heads) -> KernelCall:
-        rows, columns = (r.row_start, r.row_stop), (r.key_start, r.key_stop)
+        spans = (r.row_start, r.row_stop), (r.key_start, r.key_stop)
+        sums = self._sums(queries, keys, spans, heads, key_heads)
+        results = [m for s in sums for m in added(s.source, s.target, s.first, is_partial=not self.backward)]
+        inputs = self._inputs(queries, keys, spans, heads, key_heads)
+        return KernelCall(r.shape, inputs, heads[1] - heads[0], tuple(join(results)))
 
-        def of(run: _Run, number: int, component: int, span: tuple[int, int], some: Heads) -> Ref:
+    def _region(self, queries: _Run, keys: _Run, heads: Heads, key_heads: Heads) -> Region:
+        spans = (0, queries.tokens), (0, keys.tokens)
+        return Region(
+            queries=tuple(queries.chunks),
+            keys=tuple(keys.chunks),
+            inputs=self._inputs(queries, keys, spans, heads, key_heads),
+            heads=heads[1] - heads[0],
+            sums=tuple(join_sums(self._sums(queries, keys, spans, heads, key_heads))),
+        )
+
+    def _inputs(
+        self, queries: _Run, keys: _Run, spans: tuple[Range, Range], heads: Heads, key_heads: Heads
+    ) -> tuple[Ref, ...]:
+        def of(run: _Run, number: int, component: int, span: Range, some: Heads) -> Ref:
             place = run.places[number]
             return self.places.ref(place, component, place.row + span[0], place.row + span[1], some)
 
-        inputs = [of(queries, 0, 0, rows, heads), *(of(keys, 0, c, columns, key_heads) for c in (0, 1))]
-        if not self.backward:
-            results = self._results(queries, rows, heads, Kind.OUT, 0)
-        else:
-            inputs += [of(queries, 1, c, rows, heads) for c in (0, 1, 2)]
-            results = self._results(queries, rows, heads, Kind.DQ, 0)
-            results += self._results(keys, columns, key_heads, Kind.DKV, 1)
-        return KernelCall(r.shape, tuple(inputs), heads[1] - heads[0], tuple(results))
+        inputs = [of(queries, 0, 0, spans[0], heads), *(of(keys, 0, c, spans[1], key_heads) for c in (0, 1))]
+        if self.backward:
+            inputs += [of(queries, 1, c, spans[0], heads) for c in (0, 1, 2)]
+        return tuple(inputs)
 
-    def _results(self, run: _Run, span: tuple[int, int], heads: Heads, kind: Kind, first_result: int) -> list[Move]:
-        """What a call returns for the rows ``span`` of a run goes to where each chunk's sum lies."""
-        moves: list[Move] = []
+    def _sums(self, queries: _Run, keys: _Run, spans: tuple[Range, Range], heads: Heads, key_heads: Heads) -> list[Sum]:
+        """What a call returns for the rows and keys ``spans`` of two runs goes to where each chunk's sum lies."""
+        if not self.backward:
+            return self._sums_of(queries, spans[0], heads, Kind.OUT, 0)
+        return self._sums_of(queries, spans[0], heads, Kind.DQ, 0) + self._sums_of(
+            keys, spans[1], key_heads, Kind.DKV, 1
+        )
+
+    def _sums_of(self, run: _Run, span: Range, heads: Heads, kind: Kind, first_result: int) -> list[Sum]:
+        sums: list[Sum] = []
         begin = 0
         for chunk in run.chunks:
             end = begin + self.layout.tokens(chunk)
@@ -128,9 +160,9 @@ class Tiles:
                 parts = range(len(place.tensors))
                 sources = tuple(Ref(RESULT - first_result - c, low - span[0], high - span[0]) for c in parts)
                 targets = tuple(self.places.ref(place, c, start, stop, heads) for c in parts)
-                moves += added(sources, targets, first, is_partial=not self.backward)
+                sums.append(Sum(sources, targets, first))
             begin = end
-        return join(moves)
+        return sums
 
 
 class _Run:
@@ -138,6 +170,10 @@ class _Run:
 
     def __init__(self, places: tuple[Place, ...], ranges: Ranges, chunks: list[int]) -> None:
         self.places, self.ranges, self.chunks = places, ranges, chunks
+
+    @property
+    def tokens(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
 
     def extend(self, ranges: Ranges, chunk: int) -> None:
         self.chunks.append(chunk)

@@ -11,39 +11,19 @@
 #include <stdexcept>
 #include <vector>
 
+#include "tables.h"
+
 namespace py = pybind11;
 
 namespace {
 
-constexpr int kFields = 16;
-using Row = std::array<int64_t, kFields>;
-enum Field { kOp, kSource, kSourceRow, kSourceHead, kTarget, kTargetRow, kTargetHead, kRows, kHeads, kHasDim,
-             kSource2, kSource2Row, kSource2Head, kTarget2, kTarget2Row, kTarget2Head };
-
-// Each tensor of a move: its number's column and its row's. The target comes second.
-constexpr std::array<std::array<int, 2>, 4> kTensors{
-    {{kSource, kSourceRow}, {kTarget, kTargetRow}, {kSource2, kSource2Row}, {kTarget2, kTarget2Row}}};
-
-using Rows = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+using namespace hdp;
 
 struct Move {
   Row row;
   std::array<Rows, 4> starts;  // by tensor; empty where there is none
   Rows stops;
 };
-
-bool is_row_field(int field) {
-  return std::any_of(kTensors.begin(), kTensors.end(), [&](const auto& t) { return t[1] == field; });
-}
-
-// Whether `next` goes on where `last` ends, in all its tensors.
-bool follows(const Row& last, const Row& next) {
-  for (int field = 0; field < kFields; ++field)
-    if (field != kRows && !is_row_field(field) && last[field] != next[field]) return false;
-  for (const auto& [number, row] : kTensors)
-    if (next[row] - last[row] != (last[number] >= 0 ? last[kRows] : 0)) return false;
-  return true;
-}
 
 std::vector<Move> parse(const py::list& moves) {
   std::vector<Move> parsed;
@@ -76,17 +56,7 @@ void add(std::vector<Row>& table, size_t first, const Move& move, int64_t docume
     row[kSource] += launch;
     if (row[kSource2] >= 0) row[kSource2] += launch;
   }
-  if (table.size() > first && follows(table.back(), row)) {
-    table.back()[kRows] += count;
-  } else {
-    table.push_back(row);
-  }
-}
-
-py::array_t<int64_t> as_array(const std::vector<Row>& table) {
-  py::array_t<int64_t> found({static_cast<py::ssize_t>(table.size()), static_cast<py::ssize_t>(kFields)});
-  if (!table.empty()) std::copy_n(table.front().data(), table.size() * kFields, found.mutable_data());
-  return found;
+  if (!join(table, first, row)) table.push_back(row);
 }
 
 // Moves, each document by document.

@@ -64,6 +64,11 @@ NUMBERED: dict[str, tuple[Callable[[int], Schedule], int | None]] = {
     "double_ring": (DoubleRing, None),
 }
 SCHEDULES = (*PLAIN, *NUMBERED)
+_WAYS = {
+    "ring": ((1, True, 1),),
+    "ring_q": ((1, True, 1), (-1, False, 1)),
+    "token_ring": ((-1, False, 1),),
+}
 # Their backward starts from inputs that only their own forward keeps.
 _KEEPING = ("ring", "ulysses", "ulysses_home", "hybrid")
 
@@ -84,15 +89,28 @@ def get_schedule(name: str) -> Schedule:
     return make(int(number))
 
 
+def cuts_chunks(name: str) -> bool:
+    """Whether the schedule called ``name`` sends the ends of chunks by themselves under a window."""
+    return type(get_schedule(name)) is not Ulysses
+
+
+def ways_of(name: str) -> tuple[tuple[int, bool, int], ...]:
+    """(direction, is_key, width) of the rings on which a schedule's chunks go the shorter way round (``Sight.ways``)."""
+    schedule = get_schedule(name)
+    if isinstance(schedule, Hybrid):
+        return ((1, True, schedule.degree),)
+    return _WAYS.get(name, ())
+
+
 def lay_out(layout: Layout, mask: Mask, name: str) -> Layout:
     """``layout`` with its chunks cut as the schedule called ``name`` sends them under this mask.
 
     Programs made on ``layout`` itself are right too, but send whole chunks of which a window needs the end, or hide less.
     Where heads travel all tokens do, whatever the window: cut chunks would only be more to go through.
     """
-    schedule = get_schedule(name)
-    if type(schedule) is Ulysses:
+    if not cuts_chunks(name):
         return layout
+    schedule = get_schedule(name)
     return refine(layout, mask, schedule.parts(layout) if isinstance(schedule, DoubleRing) else 1)
 
 

@@ -10,9 +10,11 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from itertools import pairwise
+from operator import mul
 
 from hdp.attention.layout import Layout, Range, Ranges, make_layout
 from hdp.attention.mask import Mask
+from hdp.attention.pieces import Pieces
 from hdp.attention.program import Heads, Kind, Tile, Transfer
 
 Hops = tuple[int, int]  # first and last place after its owner's that looks at a chunk; (0, 0) if none does
@@ -34,6 +36,7 @@ class Sight:
         # Where owners change: chunks that lie one after the other, none empty, however they are cut. What a chunk sees is
         # then an interval of these.
         self._starts = _borders(layout)
+        self._has_intervals = bool(self._starts)
         self._is_plain = all(len(ranges) == 1 for ranges in layout.chunks)
         self._owned = [layout.owned(m) for m in range(layout.size)]
         self._chunks: dict[int, tuple[int, ...]] = {}
@@ -110,13 +113,27 @@ class Sight:
         """
         key = (direction, is_key)
         if key not in self._ways:
-            chunks = range(len(self.layout.chunks))
-            shortest = [self._shortest(self.looking(c, *key)) for c in chunks] if self.mask.window is not None else []
-            far = sum(self.hops(c, *key)[1] * self.layout.tokens(c) for c in chunks) if shortest else 0
-            near = sum((ahead[1] + back[1]) * self.layout.tokens(c) for c, (ahead, back) in enumerate(shortest))
-            self._ways[key] = shortest if 2 * near <= far else []
+            shortest = self.shortest_ways(*key) if self.mask.window is not None else []
+            self._ways[key] = shortest if shortest and self._halves(shortest, *key) else []
         found = self._ways[key]
         return found[chunk] if found else (self.hops(chunk, direction, is_key), (0, 0))
+
+    def shortest_ways(self, direction: int, is_key: bool) -> list[tuple[Hops, Hops]]:
+        """Of each chunk, hops ahead and back."""
+        return [self._shortest(self.looking(c, direction, is_key)) for c in range(len(self.layout.chunks))]
+
+    def _halves(self, shortest: list[tuple[Hops, Hops]], direction: int, is_key: bool) -> bool:
+        """Whether the shorter ways halve what travels."""
+        far, near = self.distances_of(shortest, direction, is_key)
+        tokens = [self.layout.tokens(c) for c in range(len(far))]
+        return 2 * sum(map(mul, near, tokens)) <= sum(map(mul, far, tokens))
+
+    def distances_of(
+        self, shortest: list[tuple[Hops, Hops]], direction: int, is_key: bool
+    ) -> tuple[list[int], list[int]]:
+        """Hops that each chunk travels one way round, and by its shortest ways."""
+        far = [self.hops(c, direction, is_key)[1] for c in range(len(shortest))]
+        return far, [ahead[1] + back[1] for ahead, back in shortest]
 
     def _shortest(self, looking: list[int]) -> tuple[Hops, Hops]:
         stops = [0, *looking, self.places]
@@ -137,7 +154,7 @@ class Sight:
         if not self.layout.tokens(chunk):
             return []
         origin = self.layout.owners[chunk] // self.width
-        if self._starts:
+        if self._has_intervals:
             found = {p for a, b in self._views(chunk, is_key) for p in range(a, b + 1)}
             return sorted({direction * (p - origin) % self.places for p in found} - {0})
         return [hop for hop in range(1, self.places) if self._looks(chunk, origin, direction * hop, is_key)]
@@ -153,7 +170,7 @@ class Sight:
         origin = self.layout.owners[chunk] // self.width
         if not self.layout.tokens(chunk):
             return 0, 0
-        if self._starts:
+        if self._has_intervals:
             candidates = self._interval_hops(chunk, origin, direction, is_key)
         else:
             candidates = self._scan_hops(chunk, origin, direction, is_key)
@@ -161,13 +178,16 @@ class Sight:
 
     def _views(self, chunk: int, is_key: bool) -> list[tuple[int, int]]:
         """Intervals of places, first and last, that hold something in view."""
-        low, high = _view(self.mask, self.layout.chunks[chunk][0], is_key)
-        first = max(bisect_right(self._starts, low) - 1, 0)
-        last = bisect_left(self._starts, high) - 1
+        first, last = self._wholes_in_view(chunk, is_key)
         size = self.layout.size
         # Front chunks 0 .. size - 1 belong to members in order, back chunks in reverse order (zigzag only).
         both = (first, min(last, size - 1)), (2 * size - 1 - last, 2 * size - 1 - max(first, size))
         return [(a // self.width, b // self.width) for a, b in both if a <= b]
+
+    def _wholes_in_view(self, chunk: int, is_key: bool) -> tuple[int, int]:
+        """The first and the last chunk in view, as they were before they were cut."""
+        low, high = _view(self.mask, self.layout.chunks[chunk][0], is_key)
+        return max(bisect_right(self._starts, low) - 1, 0), bisect_left(self._starts, high) - 1
 
     def _interval_hops(self, chunk: int, origin: int, direction: int, is_key: bool) -> list[int]:
         """Ends of the intervals of places that hold the chunks in view: constant time."""
@@ -191,10 +211,47 @@ class Sight:
         return bool(self._in_view((chunk,), others, is_key))
 
 
+class PieceSight(Sight):
+    """Between the pieces of a nominal document: who looks at a piece is in its name (``hdp.attention.pieces``).
+
+    Whether two pieces of two chunks that look at each other do so themselves depends on the document: they are said to.
+    """
+
+    layout: Pieces
+
+    def __init__(self, layout: Pieces, mask: Mask, width: int = 1) -> None:
+        super().__init__(layout, mask, width)
+        self._has_intervals = True
+
+    def _wholes_in_view(self, chunk: int, is_key: bool) -> tuple[int, int]:
+        whole, both = self.layout.wholes[chunk], not self.mask.causal
+        behind = self.layout.behind[chunk] if both or not is_key else 0
+        return whole - behind, whole + (self.layout.ahead[chunk] if both or is_key else 0)
+
+    def _in_view(self, chunks: Iterable[int], others: Iterable[int], is_key: bool) -> tuple[int, ...]:
+        seen: dict[int, tuple[int, int]] = {}  # by chunk: the first and the last that some of its pieces look at
+        for other in others:
+            first, last = self._wholes_in_view(other, not is_key)
+            before = seen.get(self.layout.wholes[other], (first, last))
+            seen[self.layout.wholes[other]] = min(first, before[0]), max(last, before[1])
+        found = []
+        for chunk in chunks:
+            whole, (first, last) = self.layout.wholes[chunk], self._wholes_in_view(chunk, is_key)
+            if any(first <= one <= last and low <= whole <= high for one, (low, high) in seen.items()):
+                found.append(chunk)
+        return tuple(found)
+
+    def sees(self, query: int, key: int) -> bool:
+        return bool(self._in_view((key,), (query,), is_key=True))
+
+    def _halves(self, shortest: list[tuple[Hops, Hops]], direction: int, is_key: bool) -> bool:
+        return (direction, is_key) in self.layout.both_ways
+
+
 @lru_cache(maxsize=64)
 def sight_of(layout: Layout, mask: Mask, width: int = 1) -> Sight:
     """The sight of a layout; all members' programs, and both directions, share what it has found."""
-    return Sight(layout, mask, width)
+    return PieceSight(layout, mask, width) if isinstance(layout, Pieces) else Sight(layout, mask, width)
 
 
 def _ends(hops: list[int]) -> Hops:

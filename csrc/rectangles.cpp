@@ -1,0 +1,446 @@
+// What a mask allows between runs of token ranges, document by document: cut into rectangles, and where their results go.
+//
+// `cut` does for many documents what attention/mask.py's `decompose` does for one, which the tests hold it to; `place` writes
+// the moves (see csrc/rows.cpp) of what kernels return for these rectangles.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <tuple>
+#include <vector>
+
+#include "tables.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using hdp::Row;
+using hdp::Rows;
+
+enum Shape : int64_t { kCausal, kFull, kAnticausal };  // in the order in which a document's rectangles are computed
+constexpr int kShapes = 3;
+
+struct Range {
+  int64_t start, stop;
+  bool empty() const { return start >= stop; }
+};
+
+struct Rectangle {
+  int64_t row_start, row_stop, key_start, key_stop;
+  Shape shape;
+};
+
+constexpr int64_t kNoWindow = std::numeric_limits<int32_t>::max();
+
+struct Mask {
+  bool causal;
+  int64_t reach;  // tokens that a query sees, its own included
+
+  bool has_window() const { return reach != kNoWindow; }
+  // Keys that a query sees in an unbounded sequence.
+  Range visible(int64_t query) const { return {query - reach + 1, causal ? query + 1 : query + reach}; }
+  bool sees_any(Range q, Range k) const {
+    return !q.empty() && !k.empty() && visible(q.start).start < k.stop && k.start < visible(q.stop - 1).stop;
+  }
+  bool sees_all(Range q, Range k) const {
+    return visible(q.stop - 1).start <= k.start && k.stop <= visible(q.start).stop;
+  }
+};
+
+// Ranges of one document, none empty, that do not touch, and the packed row at which each begins.
+struct Run {
+  std::vector<Range> ranges;
+  std::vector<int64_t> rows;
+
+  void read(const Rows& bounds, const Rows& all, int64_t document) {
+    ranges.clear();
+    rows.assign(1, 0);
+    for (int64_t n = bounds.at(document); n < bounds.at(document + 1); ++n) {
+      const Range next{all.at(n, 0), all.at(n, 1)};
+      if (next.empty()) continue;
+      if (!ranges.empty() && next.start < ranges.back().stop)
+        throw std::invalid_argument("rectangles: token ranges do not ascend");
+      if (!ranges.empty() && next.start == ranges.back().stop) {
+        ranges.back().stop = next.stop;
+        rows.back() += next.stop - next.start;
+      } else {
+        ranges.push_back(next);
+        rows.push_back(rows.back() + next.stop - next.start);
+      }
+    }
+  }
+  Range span(size_t first, size_t last) const { return {ranges[first].start, ranges[last - 1].stop}; }
+};
+
+// Cuts the mask of one document: see attention/mask.py, whose functions have the same names.
+class Cutter {
+ public:
+  Cutter(const Mask& mask, const Run& queries, const Run& keys, std::vector<Rectangle>& found)
+      : mask_(mask), q_(queries), k_(keys), found_(found) {}
+
+  void run() {
+    if (q_.ranges.empty() || k_.ranges.empty()) return;
+    cut_runs(0, q_.ranges.size(), 0, k_.ranges.size());
+    coalesce();
+  }
+
+ private:
+  void add(Shape shape, int64_t row_start, int64_t row_stop, int64_t key_start, int64_t key_stop) {
+    found_.push_back({row_start, row_stop, key_start, key_stop, shape});
+  }
+
+  bool is_same(size_t q0, size_t q1, size_t k0, size_t k1) const {
+    if (q1 - q0 != k1 - k0) return false;
+    for (size_t n = 0; n < q1 - q0; ++n) {
+      const Range &q = q_.ranges[q0 + n], &k = k_.ranges[k0 + n];
+      if (q.start != k.start || q.stop != k.stop) return false;
+    }
+    return true;
+  }
+
+  void cut_runs(size_t q0, size_t q1, size_t k0, size_t k1) {
+    const Range q = q_.span(q0, q1), k = k_.span(k0, k1);
+    if (!mask_.sees_any(q, k)) return;
+    if (mask_.sees_all(q, k)) {
+      add(kFull, q_.rows[q0], q_.rows[q1], k_.rows[k0], k_.rows[k1]);
+    } else if (mask_.causal && !mask_.has_window() && is_same(q0, q1, k0, k1)) {
+      // The same positions in the same order: causal in packed rows as well.
+      add(kCausal, q_.rows[q0], q_.rows[q1], k_.rows[k0], k_.rows[k1]);
+    } else if (q1 - q0 == 1 && k1 - k0 == 1) {
+      const size_t before = found_.size();
+      cut_ranges(q, k);
+      for (size_t n = before; n < found_.size(); ++n) {
+        Rectangle& r = found_[n];
+        r.row_start += q_.rows[q0] - q.start, r.row_stop += q_.rows[q0] - q.start;
+        r.key_start += k_.rows[k0] - k.start, r.key_stop += k_.rows[k0] - k.start;
+      }
+    } else if (q1 - q0 > k1 - k0) {
+      const size_t middle = q0 + (q1 - q0) / 2;
+      cut_runs(q0, middle, k0, k1);
+      cut_runs(middle, q1, k0, k1);
+    } else {
+      const size_t middle = k0 + (k1 - k0) / 2;
+      cut_runs(q0, q1, k0, middle);
+      cut_runs(q0, q1, middle, k1);
+    }
+  }
+
+  // Bands of at most `reach` rows: one ANTICAUSAL edge, a FULL middle, one CAUSAL edge.
+  void cut_ranges(Range q, Range k) {
+    const int64_t reach = mask_.has_window() ? mask_.reach : std::max<int64_t>(q.stop - k.start, 1);
+    const int64_t block = std::min(reach, q.stop - q.start);
+    for (int64_t start = q.start; start < q.stop; start += block) {
+      const Range band{start, std::min(start + block, q.stop)};
+      if (mask_.sees_any(band, k)) cut_band(band, k, reach);
+    }
+  }
+
+  void cut_band(Range q, Range k, int64_t reach) {
+    const int64_t rows = q.stop - q.start, lower = q.start - reach + 1, edge = std::min(rows, reach - 1);
+    clip_square(kAnticausal, q.start, lower, edge, k);
+    const int64_t upper = mask_.causal ? q.start : q.start + reach - 1;
+    clip_full(q, {lower + edge, upper}, k);
+    clip_square(kCausal, q.start, upper, rows, k);
+  }
+
+  void clip_full(Range q, Range keys, Range k) {
+    const int64_t start = std::max(keys.start, k.start), stop = std::min(keys.stop, k.stop);
+    if (start < stop && !q.empty()) add(kFull, q.start, q.stop, start, stop);
+  }
+
+  void clip_square(Shape shape, int64_t row, int64_t key, int64_t size, Range k) {
+    const int64_t low = std::max<int64_t>(k.start - key, 0), high = std::max<int64_t>(key + size - k.stop, 0);
+    const int64_t rest = size - low - high;
+    if (rest <= 0) return;
+    if (shape == kCausal)
+      clip_full({row + size - high, row + size}, {key + low, key + size - high}, k);
+    else
+      clip_full({row, row + low}, {key + low, key + size - high}, k);
+    add(shape, row + low, row + low + rest, key + low, key + low + rest);
+  }
+
+  static bool touch(const Rectangle& a, const Rectangle& b, bool by_rows) {
+    if (a.shape != kFull || b.shape != kFull) return false;
+    if (by_rows) return a.key_start == b.key_start && a.key_stop == b.key_stop && a.row_stop == b.row_start;
+    return a.row_start == b.row_start && a.row_stop == b.row_stop && a.key_stop == b.key_start;
+  }
+
+  // Joins FULL rectangles that touch along a whole side.
+  void coalesce() {
+    for (bool merged = true; merged;) {
+      merged = false;
+      for (const bool by_rows : {true, false}) {
+        std::sort(found_.begin(), found_.end(), [&](const Rectangle& a, const Rectangle& b) {
+          const auto side = [&](const Rectangle& r) {
+            return by_rows ? std::tuple(r.shape != kFull, r.key_start, r.key_stop, r.row_start)
+                           : std::tuple(r.shape != kFull, r.row_start, r.row_stop, r.key_start);
+          };
+          return side(a) < side(b);
+        });
+        size_t count = 0;
+        for (const Rectangle& r : found_) {
+          if (count && touch(found_[count - 1], r, by_rows)) {
+            found_[count - 1].row_stop = r.row_stop;
+            found_[count - 1].key_stop = r.key_stop;
+            merged = true;
+          } else {
+            found_[count++] = r;
+          }
+        }
+        found_.resize(count);
+      }
+    }
+    std::sort(found_.begin(), found_.end(), [](const Rectangle& a, const Rectangle& b) {
+      return std::tuple(a.shape, a.row_start, a.key_start) < std::tuple(b.shape, b.row_start, b.key_start);
+    });
+  }
+
+  const Mask& mask_;
+  const Run &q_, &k_;
+  std::vector<Rectangle>& found_;
+};
+
+enum Column { kDocument, kShape, kRowStart, kRowStop, kKeyStart, kKeyStop, kColumns };
+
+// Rectangles [n, 6] of the mask between two runs of every document: by document, shape and row. `window` 0: none. `bounds`
+// [documents + 1] say which token ranges [n, 2] are whose.
+py::array_t<int64_t> cut(bool causal, int64_t window, const Rows& query_bounds, const Rows& queries, const Rows& key_bounds,
+                         const Rows& keys) {
+  if (query_bounds.size() != key_bounds.size()) throw std::invalid_argument("rectangles: unlike numbers of documents");
+  const Mask mask{causal, window > 0 ? window : kNoWindow};
+  std::vector<int64_t> table;
+  Run q, k;
+  std::vector<Rectangle> found;
+  for (int64_t document = 0; document + 1 < query_bounds.size(); ++document) {
+    q.read(query_bounds, queries, document);
+    k.read(key_bounds, keys, document);
+    found.clear();
+    Cutter(mask, q, k, found).run();
+    for (const Rectangle& r : found)
+      table.insert(table.end(), {document, r.shape, r.row_start, r.row_stop, r.key_start, r.key_stop});
+  }
+  py::array_t<int64_t> result({static_cast<py::ssize_t>(table.size() / kColumns), static_cast<py::ssize_t>(kColumns)});
+  std::copy(table.begin(), table.end(), result.mutable_data());
+  return result;
+}
+
+// Where one component of a sum lies: a numbered tensor, its heads, and the row of each document's first.
+struct Target {
+  int64_t number, head, heads, has_dim, empty;
+  Rows starts;
+};
+
+// What kernels return for rows [begin, end) of a run of queries, or of keys, is added to.
+struct Sum {
+  bool is_of_keys, is_fresh, is_partial;  // fresh: nothing was written there yet; partial: (out, lse)
+  int64_t component;                      // of what a launch returns, the first
+  Rows begins, ends;
+  std::vector<Target> targets;
+};
+
+std::vector<Sum> parse(const py::list& sums, int64_t documents) {
+  std::vector<Sum> parsed;
+  for (const py::handle one : sums) {
+    const auto& [of_keys, fresh, partial, component, begins, ends, targets] =
+        one.cast<std::tuple<bool, bool, bool, int64_t, Rows, Rows, py::list>>();
+    Sum& sum = parsed.emplace_back(Sum{of_keys, fresh, partial, component, begins, ends, {}});
+    for (const py::handle target : targets) {
+      const auto& [number, head, heads, has_dim, empty, starts] =
+          target.cast<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, Rows>>();
+      sum.targets.push_back({number, head, heads, has_dim, empty, starts});
+      if (starts.size() != documents) throw std::invalid_argument("rectangles: unlike numbers of documents");
+    }
+    if (begins.size() != documents || ends.size() != documents || sum.targets.empty() || (partial && sum.targets.size() != 2))
+      throw std::invalid_argument("rectangles: no sum");
+  }
+  return parsed;
+}
+
+// Rows that hold something: intervals that do not touch, ascending.
+class Covered {
+ public:
+  void clear() { parts_.clear(); }
+
+  // Calls visit(start, stop, whether it holds something) for all parts of [start, stop).
+  template <class Visit>
+  void split(int64_t start, int64_t stop, const Visit& visit) const {
+    auto next = first(start);
+    while (start < stop) {
+      if (next == parts_.end() || next->start >= stop) return visit(start, stop, false);
+      if (next->start > start) visit(start, next->start, false);
+      start = std::max(start, next->start);
+      const int64_t end = std::min(stop, next->stop);
+      visit(start, end, true);
+      start = end;
+      ++next;
+    }
+  }
+
+  void add(int64_t start, int64_t stop) {
+    auto begin = std::lower_bound(parts_.begin(), parts_.end(), start, [](Range r, int64_t s) { return r.stop < s; });
+    auto end = begin;
+    for (; end != parts_.end() && end->start <= stop; ++end) {
+      start = std::min(start, end->start);
+      stop = std::max(stop, end->stop);
+    }
+    if (begin == end) {
+      parts_.insert(begin, {start, stop});
+    } else {
+      *begin = {start, stop};
+      parts_.erase(begin + 1, end);
+    }
+  }
+
+ private:
+  std::vector<Range>::const_iterator first(int64_t start) const {
+    return std::lower_bound(parts_.begin(), parts_.end(), start, [](Range r, int64_t s) { return r.stop <= s; });
+  }
+  std::vector<Range> parts_;
+};
+
+// Moves of the launches of one shape, launch by launch; those of one sum that follow each other are joined.
+class Launches {
+ public:
+  explicit Launches(size_t sums) : open_(2 * sums) {}
+
+  void begin(int64_t launch) {
+    if (launch == number_) return;
+    close();
+    number_ = launch;
+  }
+  void add(size_t sum, const Row& row) {
+    if (!hdp::join(open_[sum], 0, row)) open_[sum].push_back(row);
+  }
+  void close() {
+    if (number_ < 0) return;
+    for (auto& rows : open_) {
+      table_.insert(table_.end(), rows.begin(), rows.end());
+      rows.clear();
+    }
+    bounds_.push_back(static_cast<int64_t>(table_.size()));
+  }
+  py::tuple result() {
+    close();
+    py::array_t<int64_t> bounds(static_cast<py::ssize_t>(bounds_.size()));
+    std::copy(bounds_.begin(), bounds_.end(), bounds.mutable_data());
+    return py::make_tuple(hdp::as_array(table_), bounds);
+  }
+
+ private:
+  int64_t number_ = -1;
+  std::vector<std::vector<Row>> open_;
+  std::vector<Row> table_;
+  std::vector<int64_t> bounds_{0};
+};
+
+class Placer {
+ public:
+  Placer(std::vector<Sum> sums, int64_t components)
+      : sums_(std::move(sums)), components_(components), launches_(kShapes, Launches(sums_.size())) {}
+
+  // Results of the launch for one rectangle, whose rows and keys begin at `befores` in what the launch returns.
+  void add(const int64_t* r, int64_t launch, std::array<int64_t, 2> befores) {
+    Launches& launches = launches_[r[kShape]];
+    launches.begin(launch);
+    const std::array<Range, 2> spans{{{r[kRowStart], r[kRowStop]}, {r[kKeyStart], r[kKeyStop]}}};
+    for (size_t n = 0; n < sums_.size(); ++n) {
+      const Sum& sum = sums_[n];
+      const Range span = spans[sum.is_of_keys];
+      const int64_t begin = sum.begins.at(r[kDocument]);
+      const int64_t start = std::max(span.start, begin), stop = std::min(span.stop, sum.ends.at(r[kDocument]));
+      if (start >= stop) continue;
+      const auto write = [&](int64_t a, int64_t b, bool holds) {
+        const int64_t from = befores[sum.is_of_keys] + a - span.start, to = a - begin;
+        emit(launches, n, launch, from, to, b - a, r[kDocument], holds);
+      };
+      if (sum.is_fresh)
+        covered_[sum.is_of_keys].split(start, stop, write);
+      else
+        write(start, stop, true);
+    }
+    for (const int side : {0, 1}) covered_[side].add(spans[side].start, spans[side].stop);
+  }
+
+  // What no rectangle of a document has reached of sums that were fresh is emptied.
+  void finish(int64_t document) {
+    for (const Sum& sum : sums_) {
+      const int64_t begin = sum.begins.at(document), end = sum.ends.at(document);
+      if (!sum.is_fresh || begin >= end) continue;
+      covered_[sum.is_of_keys].split(begin, end, [&](int64_t a, int64_t b, bool holds) {
+        if (holds) return;
+        for (const Target& target : sum.targets) {
+          Row row = hdp::blank(target.empty);
+          aim(row, target, target.starts.at(document) + a - begin, b - a);
+          if (!hdp::join(empties_, 0, row)) empties_.push_back(row);
+        }
+      });
+    }
+    for (Covered& covered : covered_) covered.clear();
+  }
+
+  py::tuple result() {
+    return py::make_tuple(launches_[0].result(), launches_[1].result(), launches_[2].result(), hdp::as_array(empties_));
+  }
+
+ private:
+  static void aim(Row& row, const Target& target, int64_t at, int64_t count) {
+    row[hdp::kTarget] = target.number, row[hdp::kTargetRow] = at, row[hdp::kTargetHead] = target.head;
+    row[hdp::kRows] = count, row[hdp::kHeads] = target.heads, row[hdp::kHasDim] = target.has_dim;
+  }
+
+  void emit(Launches& launches, size_t number, int64_t launch, int64_t from, int64_t to, int64_t count, int64_t document,
+            bool holds) {
+    const Sum& sum = sums_[number];
+    const int64_t source = launch * components_ + sum.component;
+    const bool merges = sum.is_partial && holds;
+    for (size_t c = 0; c < (merges ? 1 : sum.targets.size()); ++c) {
+      Row row = hdp::blank(merges ? hdp::kMerge : holds ? hdp::kAdd : hdp::kCopy);
+      aim(row, sum.targets[c], sum.targets[c].starts.at(document) + to, count);
+      row[hdp::kSource] = source + static_cast<int64_t>(c), row[hdp::kSourceRow] = from;
+      if (merges) {
+        const Target& second = sum.targets[1];
+        row[hdp::kSource2] = source + 1, row[hdp::kSource2Row] = from;
+        row[hdp::kTarget2] = second.number, row[hdp::kTarget2Row] = second.starts.at(document) + to;
+        row[hdp::kTarget2Head] = second.head;
+      }
+      launches.add(2 * number + c, row);
+    }
+  }
+
+  std::vector<Sum> sums_;
+  int64_t components_;
+  std::vector<Launches> launches_;
+  std::array<Covered, 2> covered_;  // of queries, and of keys, of one document
+  std::vector<Row> empties_;
+};
+
+// Moves of what launches return for rectangles, as `cut` orders them. `launches` [n, 3]: the launch of each among those of its
+// shape, ascending, and what the launch returns before it, in rows and in keys. `documents`: whose rectangles these are.
+// Returns a table and the rows at which each launch's begin for each shape, and a table of what must be emptied before.
+py::tuple place(const Rows& rectangles, const Rows& launches, const Rows& documents, int64_t count, const py::list& sums,
+                int64_t components) {
+  if (rectangles.shape(0) != launches.shape(0)) throw std::invalid_argument("rectangles: unlike numbers of rectangles");
+  Placer placer(parse(sums, count), components);
+  int64_t next = 0;
+  for (int64_t n = 0; n < documents.size(); ++n) {
+    const int64_t document = documents.at(n);
+    for (; next < rectangles.shape(0) && rectangles.at(next, kDocument) == document; ++next)
+      placer.add(rectangles.data(next, 0), launches.at(next, 0), {launches.at(next, 1), launches.at(next, 2)});
+    placer.finish(document);
+  }
+  if (next != rectangles.shape(0)) throw std::invalid_argument("rectangles: of documents that are not named");
+  return placer.result();
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_rectangles, m) {
+  m.doc() = "Masks cut into rectangles for many documents, and where the results of their kernel calls go.";
+  m.def("cut", &cut, "Rectangles of a mask between two runs of token ranges of every document.");
+  m.def("place", &place, "Moves of what kernels return for rectangles.");
+}
