@@ -86,6 +86,15 @@ def _nominal(pattern: Pattern) -> Layout:
     return lay_out(make_layout(pattern.layout, tokens * chunks, pattern.size), Mask(), pattern.schedule)
 
 
+@lru_cache(maxsize=256)
+def _distances(family: Family, causal: bool, way: tuple[int, bool, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Hops that each piece travels one way round, and by its shortest ways."""
+    direction, is_key, width = way
+    sight = sight_of(family.pieces(), Mask(causal=causal, window=1), width)
+    far, near = sight.distances_of(sight.shortest_ways(direction, is_key), direction, is_key)
+    return np.array(far), np.array(near)
+
+
 def _parts(layout: str, size: int, name: str) -> int:
     """Pieces into which the schedule cuts each chunk."""
     schedule = get_schedule(name)
@@ -194,14 +203,12 @@ class Bundle:
     def _far_and_near(self) -> dict[tuple[int, bool], tuple[np.ndarray, np.ndarray]]:
         """By (direction, is_key), tokens times hops of each document: one way round, and by the shortest ways."""
         assert self._family is not None
-        pieces, found = self._family.pieces(), {}
-        for direction, is_key, width in ways_of(self.schedule):
-            if self.structure.size % width:
+        found = {}
+        for way in ways_of(self.schedule):
+            if self.structure.size % way[2]:
                 continue  # its program says so
-            sight = sight_of(pieces, Mask(causal=self.structure.mask.causal, window=1), width)
-            shortest = sight.shortest_ways(direction, is_key)
-            far, near = sight.distances_of(shortest, direction, is_key)
-            found[direction, is_key] = self.tokens @ np.array(far), self.tokens @ np.array(near)
+            far, near = _distances(self._family, self.structure.mask.causal, way)
+            found[way[:2]] = self.tokens @ far, self.tokens @ near
         return found
 
     # ------------------------------------------------------------ rows

@@ -48,9 +48,7 @@ class Launches:
         here = np.flatnonzero(is_there)
         if not len(here):
             return [], empty
-        launch = launches_of(
-            [(a[here], b[here]) for a, b in spans], None if turns is None else turns[here], packs=self.packs
-        )
+        launch = self._launches([(a[here], b[here]) for a, b in spans], None if turns is None else turns[here])
         first = np.flatnonzero(np.diff(launch, prepend=-1))
         last = np.append(first[1:], len(here)) - 1
         tensors = [self.tables.number(index, ref.tensor) for ref in call.inputs]
@@ -69,9 +67,28 @@ class Launches:
             costs=np.add.reduceat(costs, first),
             results=results[0],
             bounds=results[1],
-            cuts=tuple(cuts_of(rows[here], keys[here], first, last)) if self.packs else (),
+            cuts=tuple(self._cuts(rows[here], keys[here], first, last)) if self.packs else (),
         )
         return [made], empty
+
+    def _launches(self, spans: Sequence[tuple[np.ndarray, np.ndarray]], turns: np.ndarray | None) -> np.ndarray:
+        """The launch of each document: where the backend packs, all that lie together in every input share one."""
+        count = len(spans[0][0])
+        if not self.packs:
+            return np.arange(count)
+        joins = np.ones(count - 1, dtype=bool)
+        for starts, stops in spans:
+            joins &= starts[1:] == stops[:-1]
+        if turns is not None:
+            joins &= turns[1:] == turns[:-1]
+        return np.concatenate([[0], np.cumsum(~joins)])
+
+    @staticmethod
+    def _cuts(
+        rows: np.ndarray, keys: np.ndarray, first: np.ndarray, last: np.ndarray
+    ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+        for a, b in zip(first, last, strict=True):
+            yield tuple(np.concatenate([[0], np.cumsum(n[a : b + 1])]).astype(np.int32) for n in (rows, keys))  # type: ignore[misc]
 
     def _emptied(self, index: int, call: KernelCall, missing: np.ndarray) -> np.ndarray:
         """Sums that the call would have been the first to write."""
@@ -98,7 +115,7 @@ class Launches:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Moves of what the launches return, by launch, and where each launch's begin."""
         written = []
-        skipped = before(rows, launch), before(keys, launch)
+        before = _before(rows, launch), _before(keys, launch)
         for move in call.results:
             row, starts = blank(move.op)
             targets: Sequence[Ref] = move.target
@@ -113,7 +130,7 @@ class Launches:
                 of = call.inputs[1] if per_key else call.inputs[0]
                 begin = self.tables.rows(index, of, of.start + ref.start) - self.tables.rows(index, of, of.start)
                 row[column] = component  # that of launch 0; counted from the program's last tensor at the end
-                chosen[place] = begin[here] + skipped[per_key]
+                chosen[place] = begin[here] + before[per_key]
             written.append((tuple(row), tuple(chosen), stops))
         return _tables.expand_results(written, launch, 3 if self.backward else 2)
 
@@ -129,28 +146,8 @@ def _area(shape: Shape, rows: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return rows * keys if shape is Shape.FULL else rows * (rows + 1) // 2
 
 
-def launches_of(spans: Sequence[tuple[np.ndarray, np.ndarray]], turns: np.ndarray | None, *, packs: bool) -> np.ndarray:
-    """The launch of each document, or rectangle: where the backend packs, all that lie together in every input share one."""
-    count = len(spans[0][0])
-    if not packs:
-        return np.arange(count)
-    joins = np.ones(count - 1, dtype=bool)
-    for starts, stops in spans:
-        joins &= starts[1:] == stops[:-1]
-    if turns is not None:
-        joins &= turns[1:] == turns[:-1]
-    return np.concatenate([[0], np.cumsum(~joins)])
-
-
-def cuts_of(
-    rows: np.ndarray, keys: np.ndarray, first: np.ndarray, last: np.ndarray
-) -> Iterable[tuple[np.ndarray, np.ndarray]]:
-    """Of each launch, where its documents begin and the last ends, in rows and in keys."""
-    for a, b in zip(first, last, strict=True):
-        yield tuple(np.concatenate([[0], np.cumsum(n[a : b + 1])]).astype(np.int32) for n in (rows, keys))  # type: ignore[misc]
-
-
-def before(counts: np.ndarray, launch: np.ndarray) -> np.ndarray:
-    """Rows of the same launch before each document, or rectangle."""
+def _before(counts: np.ndarray, launch: np.ndarray) -> np.ndarray:
+    """Rows of the same launch before each document."""
     begins = np.cumsum(counts) - counts
-    return begins - begins[np.searchsorted(launch, launch)]
+    first = np.searchsorted(launch, launch)
+    return begins - begins[first]

@@ -13,6 +13,7 @@ need no more than these numbers to know who looks at a piece; windows differ in 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -86,10 +87,16 @@ def family_of(layout: str, size: int, shares: np.ndarray, window: int, *, keys_t
     for tokens in (ends[:, :-1], ends[:, 1:] - 1):  # the first and the last of each chunk: the ends of its pieces
         ahead = (ends[:, None, 1:-1] <= tokens[:, :, None] + window - 1).sum(2) - wholes
         behind = wholes - (ends[:, None, 1:-1] <= tokens[:, :, None] - window + 1).sum(2)
-        more = np.where(behind < wholes, behind - ahead, 0), np.where(ahead < count - 1 - wholes, ahead - behind, 0)
+        # A number that the sequence's end cuts short could be any larger.
+        more = np.where(ahead < count - 1 - wholes, behind - ahead, 0), np.where(behind < wholes, ahead - behind, 0)
         reach = max(reach, int(ahead.max()), int(behind.max()))
         spread = max(spread, *(int(m.max()) for m in more))
+    # Few families, so that their programs are soon known: a piece that no document has costs next to nothing.
+    reach = min(next(n for n in itertools.chain(_REACHES, [reach]) if n >= reach), count - 1)
     return Family(layout, size, reach, spread, keys_together)
+
+
+_REACHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 @lru_cache(maxsize=256)

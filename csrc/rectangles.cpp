@@ -1,7 +1,7 @@
 // What a mask allows between runs of token ranges, document by document: cut into rectangles, and where their results go.
 //
-// `cut` does for many documents what attention/mask.py's `decompose` does for one, which the tests hold it to; `place` writes
-// the moves (see csrc/rows.cpp) of what kernels return for these rectangles.
+// `cut` does for many documents what attention/mask.py's `decompose` does for one, which the tests hold it to; `place` makes
+// their launches and writes the moves (see csrc/rows.cpp) of what these return.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -303,50 +303,99 @@ class Covered {
   std::vector<Range> parts_;
 };
 
-// Moves of the launches of one shape, launch by launch; those of one sum that follow each other are joined.
+// Which rows of every input, [inputs, documents], a region of a document begins at, and how launches are made of rectangles.
+struct Inputs {
+  Rows bases;   // inputs 1 and 2 are keys and values, all others queries
+  Rows turns;   // by document; rectangles of different turns share no launch
+  bool packs;   // whether rectangles that lie together do
+  static bool is_of_keys(int64_t input) { return input == 1 || input == 2; }
+};
+
+// The launches of one shape, in the order of their rectangles, and the moves of what they return, launch by launch.
 class Launches {
  public:
-  explicit Launches(size_t sums) : open_(2 * sums) {}
+  Launches(const Inputs& inputs, size_t sums) : inputs_(inputs), open_(2 * sums), spans_(2 * inputs.bases.shape(0)) {}
 
-  void begin(int64_t launch) {
-    if (launch == number_) return;
-    close();
-    number_ = launch;
+  // The launch of a rectangle.
+  int64_t add(const int64_t* r) {
+    const std::array<Range, 2> spans{{{r[kRowStart], r[kRowStop]}, {r[kKeyStart], r[kKeyStop]}}};
+    const bool joins = joined(r, spans);
+    if (!joins) begin();
+    for (int64_t n = 0; n < inputs_.bases.shape(0); ++n) {
+      const Range span = spans[Inputs::is_of_keys(n)];
+      const int64_t base = inputs_.bases.at(n, r[kDocument]);
+      if (!joins) spans_[2 * n].push_back(base + span.start), spans_[2 * n + 1].push_back(0);
+      spans_[2 * n + 1].back() = base + span.stop;
+    }
+    turn_ = inputs_.turns.at(r[kDocument]);
+    for (const int side : {0, 1}) {
+      befores[side] = counts_[side];
+      counts_[side] += spans[side].stop - spans[side].start;
+      if (inputs_.packs) cuts_[side].back().push_back(static_cast<int32_t>(counts_[side]));
+    }
+    const int64_t rows = r[kRowStop] - r[kRowStart];
+    costs_.back() += r[kShape] == kFull ? rows * (r[kKeyStop] - r[kKeyStart]) : rows * (rows + 1) / 2;
+    return static_cast<int64_t>(costs_.size()) - 1;
   }
-  void add(size_t sum, const Row& row) {
+  void move(size_t sum, const Row& row) {
     if (!hdp::join(open_[sum], 0, row)) open_[sum].push_back(row);
   }
+
+  // Nothing, or: first and last rows of each launch in every input, pairs, moves and where each launch's begin, cuts.
+  py::object result() {
+    if (costs_.empty()) return py::none();
+    close();
+    py::list spans, cuts;
+    for (const auto& rows : spans_) spans.append(py::array_t<int64_t>(rows.size(), rows.data()));
+    for (size_t n = 0; n < cuts_[0].size(); ++n)
+      cuts.append(py::make_tuple(py::array_t<int32_t>(cuts_[0][n].size(), cuts_[0][n].data()),
+                                 py::array_t<int32_t>(cuts_[1][n].size(), cuts_[1][n].data())));
+    return py::make_tuple(spans, py::array_t<int64_t>(costs_.size(), costs_.data()), hdp::as_array(table_),
+                          py::array_t<int64_t>(bounds_.size(), bounds_.data()), cuts);
+  }
+
+  std::array<int64_t, 2> befores{};  // what the last rectangle's launch returns before it, in rows and in keys
+
+ private:
+  bool joined(const int64_t* r, const std::array<Range, 2>& spans) const {
+    if (!inputs_.packs || costs_.empty() || turn_ != inputs_.turns.at(r[kDocument])) return false;
+    for (int64_t n = 0; n < inputs_.bases.shape(0); ++n)
+      if (spans_[2 * n + 1].back() != inputs_.bases.at(n, r[kDocument]) + spans[Inputs::is_of_keys(n)].start) return false;
+    return true;
+  }
+  void begin() {
+    if (!costs_.empty()) close();
+    costs_.push_back(0);
+    counts_ = {};
+    if (inputs_.packs)
+      for (auto& cuts : cuts_) cuts.emplace_back(1, 0);
+  }
   void close() {
-    if (number_ < 0) return;
     for (auto& rows : open_) {
       table_.insert(table_.end(), rows.begin(), rows.end());
       rows.clear();
     }
     bounds_.push_back(static_cast<int64_t>(table_.size()));
   }
-  py::tuple result() {
-    close();
-    py::array_t<int64_t> bounds(static_cast<py::ssize_t>(bounds_.size()));
-    std::copy(bounds_.begin(), bounds_.end(), bounds.mutable_data());
-    return py::make_tuple(hdp::as_array(table_), bounds);
-  }
 
- private:
-  int64_t number_ = -1;
-  std::vector<std::vector<Row>> open_;
+  const Inputs& inputs_;
+  std::vector<std::vector<Row>> open_;  // moves of the last launch, by component of a sum
+  std::vector<std::vector<int64_t>> spans_;
+  std::vector<int64_t> costs_, bounds_{0};
   std::vector<Row> table_;
-  std::vector<int64_t> bounds_{0};
+  std::array<std::vector<std::vector<int32_t>>, 2> cuts_;
+  std::array<int64_t, 2> counts_{};
+  int64_t turn_ = 0;
 };
 
 class Placer {
  public:
-  Placer(std::vector<Sum> sums, int64_t components)
-      : sums_(std::move(sums)), components_(components), launches_(kShapes, Launches(sums_.size())) {}
+  Placer(const Inputs& inputs, std::vector<Sum> sums, int64_t components)
+      : sums_(std::move(sums)), components_(components), launches_(kShapes, Launches(inputs, sums_.size())) {}
 
-  // Results of the launch for one rectangle, whose rows and keys begin at `befores` in what the launch returns.
-  void add(const int64_t* r, int64_t launch, std::array<int64_t, 2> befores) {
+  void add(const int64_t* r) {
     Launches& launches = launches_[r[kShape]];
-    launches.begin(launch);
+    const int64_t launch = launches.add(r);
     const std::array<Range, 2> spans{{{r[kRowStart], r[kRowStop]}, {r[kKeyStart], r[kKeyStop]}}};
     for (size_t n = 0; n < sums_.size(); ++n) {
       const Sum& sum = sums_[n];
@@ -355,8 +404,8 @@ class Placer {
       const int64_t start = std::max(span.start, begin), stop = std::min(span.stop, sum.ends.at(r[kDocument]));
       if (start >= stop) continue;
       const auto write = [&](int64_t a, int64_t b, bool holds) {
-        const int64_t from = befores[sum.is_of_keys] + a - span.start, to = a - begin;
-        emit(launches, n, launch, from, to, b - a, r[kDocument], holds);
+        const int64_t from = launches.befores[sum.is_of_keys] + a - span.start;
+        emit(launches, n, launch, from, a - begin, b - a, r[kDocument], holds);
       };
       if (sum.is_fresh)
         covered_[sum.is_of_keys].split(start, stop, write);
@@ -408,7 +457,7 @@ class Placer {
         row[hdp::kTarget2] = second.number, row[hdp::kTarget2Row] = second.starts.at(document) + to;
         row[hdp::kTarget2Head] = second.head;
       }
-      launches.add(2 * number + c, row);
+      launches.move(2 * number + c, row);
     }
   }
 
@@ -419,21 +468,22 @@ class Placer {
   std::vector<Row> empties_;
 };
 
-// Moves of what launches return for rectangles, as `cut` orders them. `launches` [n, 3]: the launch of each among those of its
-// shape, ascending, and what the launch returns before it, in rows and in keys. `documents`: whose rectangles these are.
-// Returns a table and the rows at which each launch's begin for each shape, and a table of what must be emptied before.
-py::tuple place(const Rows& rectangles, const Rows& launches, const Rows& documents, int64_t count, const py::list& sums,
-                int64_t components) {
-  if (rectangles.shape(0) != launches.shape(0)) throw std::invalid_argument("rectangles: unlike numbers of rectangles");
-  Placer placer(parse(sums, count), components);
+// Launches of rectangles, as `cut` orders them, for each shape, and a table of what must be emptied before. `chosen`
+// [documents]: whose are computed. `bases` [inputs, documents], `turns` [documents]: see Inputs.
+py::tuple place(const Rows& rectangles, const py::array_t<bool>& chosen, const Rows& bases, const Rows& turns, bool packs,
+                const py::list& sums, int64_t components) {
+  const int64_t documents = chosen.size();
+  if (bases.ndim() != 2 || bases.shape(1) != documents || turns.size() != documents)
+    throw std::invalid_argument("rectangles: unlike numbers of documents");
+  const Inputs inputs{bases, turns, packs};
+  Placer placer(inputs, parse(sums, documents), components);
   int64_t next = 0;
-  for (int64_t n = 0; n < documents.size(); ++n) {
-    const int64_t document = documents.at(n);
+  for (int64_t document = 0; document < documents; ++document) {
     for (; next < rectangles.shape(0) && rectangles.at(next, kDocument) == document; ++next)
-      placer.add(rectangles.data(next, 0), launches.at(next, 0), {launches.at(next, 1), launches.at(next, 2)});
-    placer.finish(document);
+      if (chosen.at(document)) placer.add(rectangles.data(next, 0));
+    if (chosen.at(document)) placer.finish(document);
   }
-  if (next != rectangles.shape(0)) throw std::invalid_argument("rectangles: of documents that are not named");
+  if (next != rectangles.shape(0)) throw std::invalid_argument("rectangles: not by document");
   return placer.result();
 }
 
@@ -442,5 +492,5 @@ py::tuple place(const Rows& rectangles, const Rows& launches, const Rows& docume
 PYBIND11_MODULE(_rectangles, m) {
   m.doc() = "Masks cut into rectangles for many documents, and where the results of their kernel calls go.";
   m.def("cut", &cut, "Rectangles of a mask between two runs of token ranges of every document.");
-  m.def("place", &place, "Moves of what kernels return for rectangles.");
+  m.def("place", &place, "Launches of rectangles, and moves of what they return.");
 }

@@ -4,7 +4,7 @@ import numpy as np
 
 Target = tuple[int, int, int, int, int, np.ndarray]
 Sum = tuple[bool, bool, bool, int, np.ndarray, np.ndarray, list[Target]]
-Table = tuple[np.ndarray, np.ndarray]
+Launches = tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]
 
 def cut(
     causal: bool,
@@ -15,5 +15,11 @@ def cut(
     keys: np.ndarray,
 ) -> np.ndarray: ...
 def place(
-    rectangles: np.ndarray, launches: np.ndarray, documents: np.ndarray, count: int, sums: list[Sum], components: int
-) -> tuple[Table, Table, Table, np.ndarray]: ...
+    rectangles: np.ndarray,
+    chosen: np.ndarray,
+    bases: np.ndarray,
+    turns: np.ndarray,
+    packs: bool,
+    sums: list[Sum],
+    components: int,
+) -> tuple[Launches | None, Launches | None, Launches | None, np.ndarray]: ...
