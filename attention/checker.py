@@ -26,7 +26,7 @@ from hdp.attention.blocks import HeadBlocks
 from hdp.attention.layout import Layout
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount, Kind, RankProgram, Step, Tile, Transfer, Value
-from hdp.attention.schedules.sight import Sight
+from hdp.attention.schedules.sight import Sight, sight_of
 
 Cell = tuple[Kind, int, int]  # kind, chunk, block of heads (inputs: of the kind's heads; sums: of query heads)
 
@@ -50,7 +50,7 @@ def check_sequence(
             raise ProgramError(
                 f"backward of member {member} expects {_name(min(missing, key=_order))}, which forward does not keep"
             )
-    sight = Sight(layout, mask)
+    sight = sight_of(layout, mask)
     _Direction(sight, heads, blocks, forward, is_backward=False).check()
     _Direction(sight, heads, blocks, backward, is_backward=True).check()
 
