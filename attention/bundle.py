@@ -155,6 +155,8 @@ class Bundle:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.first_rows = np.asarray(first_rows, dtype=np.int64)
         self._ends: dict[tuple[int, ...], np.ndarray] = {}
+        self._counts: dict[tuple[int, ...], int] = {}
+        self._borders: dict[tuple[int, ...], np.ndarray] = {}
         self._ranges: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     # ------------------------------------------------------------ what it runs
@@ -271,16 +273,21 @@ class Bundle:
 
     def count(self, chunks: tuple[int, ...]) -> int:
         """Rows of a tensor that holds these chunks of all documents."""
-        return int(self.ends(chunks)[-1].sum())
+        if chunks not in self._counts:
+            self._counts[chunks] = int(self.ends(chunks)[-1].sum())
+        return self._counts[chunks]
 
     def borders(self, chunks: tuple[int, ...], bases: np.ndarray | None = None) -> np.ndarray:
         """[nominal borders, documents]: rows of such a tensor, document after document, for :meth:`at`.
 
         ``bases``: first row of each document; None: one lies behind the other.
         """
-        ends = self.ends(chunks)
-        start = np.cumsum(ends[-1]) - ends[-1] if bases is None else bases
-        return start[None] if self.pattern.length is not None else start + ends
+        if bases is None:
+            if chunks not in self._borders:
+                totals = self.ends(chunks)[-1]
+                self._borders[chunks] = self.borders(chunks, np.cumsum(totals) - totals)
+            return self._borders[chunks]
+        return bases[None] if self.pattern.length is not None else bases + self.ends(chunks)
 
     def at(self, borders: np.ndarray, nominal: int) -> np.ndarray:
         """[documents]: the row that is ``nominal`` in the nominal document. See [Note: nominal rows]."""
