@@ -1,15 +1,15 @@
 """Documents that one program serves: those of one group, one structure and one schedule, packed one after the other.
 
 A schedule's program names chunks, and which chunks see each other does not depend on how long they are (zigzag and contiguous
-layouts), or, under a window, is said by the names of their pieces (``hdp.attention.pieces``). So all such documents of a group
-run one program, in which a chunk is the rows of all of them: what is sent, copied, computed and merged is counted once for a
-bundle and not for each document.
+layouts), or is the same for many lengths (windows: ``hdp.attention.pieces``; stripes: ``hdp.attention.stripes``). So all such
+documents of a group run one program, in which a chunk is the rows of all of them: what is sent, copied, computed and merged
+is counted once for a bundle and not for each document.
 
 [Note: nominal rows] A program is laid out for one *nominal* document whose chunks have a few tokens each; rows of its tensors
 are nominal rows. :meth:`Bundle.rows` turns a border between chunks into the row at which it lies in each document's own
-part. Stripes, and parts of chunks under a window, make a program depend on the length: there a bundle holds documents of one
-length, and nominal rows are their own. Between borders, what a window or stripes allow is cut document by document
-(``hdp.attention.regions``).
+part. Chunks without tokens, and parts of chunks under a window, make a program depend on the length: there a bundle holds
+documents of one length, and nominal rows are their own. Between borders, what a window or stripes allow is cut document by
+document (``hdp.attention.regions``).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from hdp.attention.pieces import UNIT, Family, family_of
 from hdp.attention.schedules import cuts_chunks, get_schedule, lay_out, ways_of
 from hdp.attention.schedules.double_ring import DoubleRing
 from hdp.attention.schedules.sight import sight_of
+from hdp.attention.stripes import StripeFamily, ranges_by_length, seen_by_length
 
 Ways = tuple[tuple[int, bool], ...]
 
@@ -48,9 +49,11 @@ def structure_of(layout: str, length: int, size: int, mask: Mask) -> Structure:
     if mask.window is not None and mask.window >= length:
         mask = Mask(causal=mask.causal)
     layout = "contiguous" if size == 1 else layout
+    name, stripe = parse_layout(layout)
+    if name == "striped" and length <= size * stripe:  # one round: each member has one range
+        name = layout = "contiguous"
     # A chunk without tokens need not travel, so a document of fewer tokens than chunks has a program of its own, too.
-    plain = parse_layout(layout)[0] != "striped" and (size == 1 or length >= 2 * size)
-    return Structure(layout, size, mask, None if plain else length)
+    return Structure(layout, size, mask, None if size == 1 or length >= 2 * size else length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +67,8 @@ class Pattern:
     schedule: str
     length: int | None
     """As the structure's."""
-    family: Family | None
-    """The pieces into which a window cuts the chunks; None: they stay whole."""
+    family: Family | StripeFamily | None
+    """The pieces into which a window cuts the chunks, or which stripes see each other; None: chunks stay whole."""
     both_ways: Ways = ()
     """For which (direction, is_key) pieces go the shorter way round (``Sight.ways``)."""
 
@@ -87,7 +90,9 @@ def _nominal(pattern: Pattern) -> Layout:
 
 
 @lru_cache(maxsize=256)
-def _distances(family: Family, causal: bool, way: tuple[int, bool, int]) -> tuple[np.ndarray, np.ndarray]:
+def _distances(
+    family: Family | StripeFamily, causal: bool, way: tuple[int, bool, int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Hops that each piece travels one way round, and by its shortest ways."""
     direction, is_key, width = way
     sight = sight_of(family.pieces(), Mask(causal=causal, window=1), width)
@@ -119,15 +124,11 @@ def bundles_of(
         parts[kind].append(number)
     if len(parts) == 1:
         return [bundle]
+    every = sequences, lengths, first_rows
     return [
-        Bundle(
-            structure,
-            schedule,
-            group,
-            member,
-            *([values[n] for n in some] for values in (sequences, lengths, first_rows)),
-        )
+        part
         for some in parts.values()
+        for part in bundles_of(structure, schedule, group, member, *([values[n] for n in some] for values in every))
     ]
 
 
@@ -164,36 +165,61 @@ class Bundle:
     @cached_property
     def pattern(self) -> Pattern:
         """What its outline is made of. Raises ValueError where one program does not serve all of its documents."""
-        structure, mask, length = self.structure, self.structure.mask, self.structure.length
-        if length is None and mask.window is not None and self._is_cut_by_length:
-            length = int(self.lengths[0])
-            if (self.lengths != length).any():
-                raise ValueError(
-                    f"schedule {self.schedule!r} under a window runs documents of one length, not {self.lengths}"
-                )
+        structure, mask, length = self.structure, self.structure.mask, self._length
         if length is None and mask.window is not None:
             mask = Mask(causal=mask.causal, window=1)
         ways: Ways = ()
-        if self._family is not None:
-            far_and_near = self._far_and_near
-            ways = tuple(way for way, (far, near) in far_and_near.items() if 2 * near.sum() <= far.sum())
+        if self._family is not None and mask.window is not None:
+            ways = tuple(way for way, (far, near) in self._far_and_near.items() if 2 * near.sum() <= far.sum())
         return Pattern(structure.layout, structure.size, mask, self.schedule, length, self._family, ways)
 
+    @cached_property
+    def _length(self) -> int | None:
+        """That of all documents, where the program depends on it."""
+        if self.structure.length is not None or self.structure.mask.window is None or not self._is_cut_by_length:
+            return self.structure.length
+        length = int(self.lengths[0])
+        if (self.lengths != length).any():
+            raise ValueError(
+                f"schedule {self.schedule!r} under a window runs documents of one length, not {self.lengths}"
+            )
+        return length
+
     def kinds(self) -> np.ndarray:
-        """[documents, n]: documents for which all numbers are equal may run as one."""
+        """[documents, n]: documents for which not all numbers are equal cannot run as one."""
         if self.structure.mask.window is not None and self._is_cut_by_length:
             return self.lengths[:, None]
-        ways = [2 * near <= far for far, near in self._far_and_near.values()] if self._family is not None else []
+        if self._stripe and (self._seen != self._seen[0]).any():
+            return self._seen.reshape(len(self.lengths), -1)
+        has_ways = self._family is not None and self.structure.mask.window is not None
+        ways = [2 * near <= far for far, near in self._far_and_near.values()] if has_ways else []
         return np.stack(ways, axis=1) if ways else np.zeros((len(self.lengths), 0), dtype=bool)
 
     @cached_property
     def _is_cut_by_length(self) -> bool:
         """Whether the schedule cuts chunks by their tokens, besides where windows end."""
-        return self.structure.size > 1 and isinstance(get_schedule(self.schedule), DoubleRing)
+        return self.structure.size > 1 and not self._stripe and isinstance(get_schedule(self.schedule), DoubleRing)
 
     @cached_property
-    def _family(self) -> Family | None:
+    def _stripe(self) -> int:
+        """Tokens of a stripe; 0: there are none."""
+        name, stripe = parse_layout(self.structure.layout)
+        return stripe if name == "striped" and self.structure.length is None else 0
+
+    @cached_property
+    def _seen(self) -> np.ndarray:
+        """[documents, queries, keys]: which member's stripes see whose."""
+        size = self.structure.size
+        if not cuts_chunks(self.schedule):  # all tokens travel anyway
+            return np.ones((len(self.lengths), size, size), dtype=bool)
+        return seen_by_length(self.lengths, size, self._stripe, self.structure.mask)
+
+    @cached_property
+    def _family(self) -> Family | StripeFamily | None:
         structure, window = self.structure, self.structure.mask.window
+        if self._stripe:
+            bits = self._seen[0].astype(object) @ (1 << np.arange(structure.size, dtype=object))
+            return StripeFamily(structure.size, tuple(int(b) for b in bits))
         if window is None or structure.length is not None or structure.size == 1 or self._is_cut_by_length:
             return None
         if not cuts_chunks(self.schedule):
@@ -232,14 +258,14 @@ class Bundle:
     @cached_property
     def tokens(self) -> np.ndarray:
         """[documents, chunks] of :attr:`layout`."""
-        if self._family is not None:
+        if isinstance(self._family, Family):
             window = self.structure.mask.window
             assert window is not None
             return self._family.cut(self._shares, window)
-        if self.pattern.length is not None:
+        if self._length is not None:
             row = [self.layout.tokens(c) for c in range(len(self.layout.chunks))]
             return np.tile(np.array(row, dtype=np.int64), (len(self.lengths), 1))
-        parts = _parts(self.structure.layout, self.structure.size, self.schedule)
+        parts = 1 if self._stripe else _parts(self.structure.layout, self.structure.size, self.schedule)
         if parts == 1:
             return self._shares
         cuts = self._shares[:, :, None] * np.arange(parts + 1) // parts
@@ -254,9 +280,13 @@ class Bundle:
         """Token ranges [n, 2] of these chunks, document after document, and [documents + 1] where each document's begin."""
         if chunks not in self._ranges:
             count = len(self.lengths)
-            if self.pattern.length is not None:
+            if self._length is not None:
                 one = np.array([r for c in chunks for r in self.layout.chunks[c]], dtype=np.int64).reshape(-1, 2)
                 found = np.tile(one, (count, 1))
+            elif self._stripe:
+                (member,) = chunks  # stripes of several members lie between each other
+                self._ranges[chunks] = ranges_by_length(self.lengths, self.structure.size, self._stripe, member)
+                return self._ranges[chunks]
             else:
                 starts = self._starts[:, list(chunks)]
                 found = np.stack([starts, starts + self.tokens[:, list(chunks)]], axis=2).reshape(-1, 2)
@@ -287,11 +317,11 @@ class Bundle:
                 totals = self.ends(chunks)[-1]
                 self._borders[chunks] = self.borders(chunks, np.cumsum(totals) - totals)
             return self._borders[chunks]
-        return bases[None] if self.pattern.length is not None else bases + self.ends(chunks)
+        return bases[None] if self._length is not None else bases + self.ends(chunks)
 
     def at(self, borders: np.ndarray, nominal: int) -> np.ndarray:
         """[documents]: the row that is ``nominal`` in the nominal document. See [Note: nominal rows]."""
-        return borders[0] + nominal if self.pattern.length is not None else borders[nominal // UNIT]
+        return borders[0] + nominal if self._length is not None else borders[nominal // UNIT]
 
     def rows(self, chunks: tuple[int, ...], nominal: int, bases: np.ndarray | None = None) -> np.ndarray:
         """:meth:`at` in a tensor of these chunks."""

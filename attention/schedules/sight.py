@@ -16,6 +16,7 @@ from hdp.attention.layout import Layout, Range, Ranges, make_layout
 from hdp.attention.mask import Mask
 from hdp.attention.pieces import Pieces
 from hdp.attention.program import Heads, Kind, Tile, Transfer
+from hdp.attention.stripes import Stripes
 
 Hops = tuple[int, int]  # first and last place after its owner's that looks at a chunk; (0, 0) if none does
 
@@ -248,10 +249,24 @@ class PieceSight(Sight):
         return (direction, is_key) in self.layout.both_ways
 
 
+class StripeSight(Sight):
+    """Between the chunks of a nominal striped document, which say whom they see (``hdp.attention.stripes``)."""
+
+    layout: Stripes
+
+    def sees(self, query: int, key: int) -> bool:
+        return bool(self.layout.seen[query] >> key & 1)
+
+    def _halves(self, shortest: list[tuple[Hops, Hops]], direction: int, is_key: bool) -> bool:
+        return (direction, is_key) in self.layout.both_ways
+
+
 @lru_cache(maxsize=64)
 def sight_of(layout: Layout, mask: Mask, width: int = 1) -> Sight:
     """The sight of a layout; all members' programs, and both directions, share what it has found."""
-    return PieceSight(layout, mask, width) if isinstance(layout, Pieces) else Sight(layout, mask, width)
+    if isinstance(layout, Pieces):
+        return PieceSight(layout, mask, width)
+    return StripeSight(layout, mask, width) if isinstance(layout, Stripes) else Sight(layout, mask, width)
 
 
 def _ends(hops: list[int]) -> Hops:

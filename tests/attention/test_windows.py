@@ -25,7 +25,8 @@ from hdp.attention.program import HeadCount
 from hdp.attention.refine import refine
 from hdp.attention.regions import SHAPES
 from hdp.attention.schedules import cuts_chunks, get_schedule
-from hdp.attention.schedules.sight import sight_of
+from hdp.attention.schedules.sight import sees_ranges, sight_of
+from hdp.attention.stripes import ranges_by_length, seen_by_length
 
 TWO = HeadCount(query=2, key=2)
 GEOMETRY = Geometry(heads=TWO, head_dim=HEAD_DIM, model_bytes=4, sum_bytes=4)
@@ -105,6 +106,27 @@ def test_a_piece_is_named_by_what_it_sees(
             assert sight.sees(q, k) or not mask.sees_any(spans[q], spans[k])
 
 
+@examples(300)
+@given(
+    st.integers(1, 9),
+    st.integers(2, 6),
+    st.lists(st.integers(0, 120), min_size=1, max_size=5),
+    st.builds(Mask, causal=st.booleans(), window=st.none() | st.integers(1, 60)),
+)
+def test_stripes_of_many_lengths_are_those_of_each(stripe: int, size: int, more: list[int], mask: Mask) -> None:
+    lengths = [stripe * size + n for n in more]
+    whole = [make_layout(f"striped:{stripe}", n, size) for n in lengths]
+    seen = seen_by_length(np.array(lengths), size, stripe, mask)
+    for one, found in zip(whole, seen, strict=True):
+        for q, k in np.ndindex(size, size):
+            assert found[q, k] == sees_ranges(mask, one.chunks[q], one.chunks[k])
+    for member in range(size):
+        bounds, rows = ranges_by_length(np.array(lengths), size, stripe, member)
+        for number, one in enumerate(whole):
+            of_one = rows[bounds[number] : bounds[number + 1]].tolist()
+            assert tuple((a, b) for a, b in of_one if a < b) == one.chunks[member]
+
+
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("name", PLAIN)
 def test_programs_of_pieces_are_right_for_all_lengths(name: str, causal: bool) -> None:
@@ -136,14 +158,21 @@ def check(pattern: Pattern) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["causal", "bidirectional"])
+KINDS = {
+    "causal": (True, "zigzag"),
+    "bidirectional": (False, "contiguous"),
+    "stripes": (True, "striped:5"),
+    "stripes_both_ways": (False, "striped:3"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_many_documents_of_unlike_lengths_are_exact(name: str, kind: str) -> None:
     """Shared ones of two groups and whole ones, some of which fit into the window, some with fewer tokens than ranks."""
-    draw = random.Random(name + kind)
-    layout = "zigzag" if kind == "causal" else "contiguous"
+    draw, (causal, layout) = random.Random(name + kind), KINDS[kind]
     for heads in (HEADS["gqa3"], HEADS["mqa"]):
-        mask = Mask(causal=kind == "causal", window=draw.randint(1, 40))
+        mask = Mask(causal=causal, window=draw.choice((draw.randint(1, 40), draw.randint(1, 12))))
         sequences = []
         for _ in range(14):
             size = draw.choice([s for s in (1, 2, 4) if s == 1 or serves(name, s)])
