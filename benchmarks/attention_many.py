@@ -2,6 +2,7 @@
 
 - ``lower_20000_s``: CPU seconds from 20,000 documents of 1 to 8 tokens, none shared, to both directions' programs.
 - ``lower_64_ms``: CPU milliseconds for 64 documents shared by 4 ranks, the slowest of three schedules.
+- ``lower_window_ms``, ``lower_window_2000``, ``messages_window``, ``messages_window_2000``: see ``attention_windows.py``.
 - ``messages_2``, ``messages_8``: tensors that a rank sends in a layer's forward pass with Ulysses, 128 documents on 2 and 8
   ranks; ``messages_2_one``, ``messages_8_one``: the same for one document.
 - ``step_us``: microseconds of Python a program step with a null backend, the largest (see ``attention_single.py``).
@@ -16,6 +17,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
+import attention_windows
 import torch
 from attention_single import CPU, step_microseconds
 from attention_worker import QuietChannel
@@ -79,6 +81,7 @@ def main() -> None:
     figures: dict[str, float] = {"lower_20000_s": lowering_seconds(tiny, 3)}
     lowered = {name: lowering_seconds(shared(64, 4, name, 100), 7) * 1e3 for name in SCHEDULES}
     figures |= {"lower_64_ms": max(lowered.values()), **{f"lower_64_ms_{name}": ms for name, ms in lowered.items()}}
+    figures |= attention_windows.figures()
     for size in (2, 8):
         figures |= {f"messages_{size}": messages(128, size), f"messages_{size}_one": messages(1, size)}
     steps = [step_microseconds(s, n) for s in ("ring", "token_ring", "direct") for n in (4, 16, 64)]

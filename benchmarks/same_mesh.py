@@ -18,7 +18,7 @@ ratios, second smallest and second largest in brackets.
   bytes are on their way (``OVERLAPPING``); ``..._plain``: the schedule itself, which waits as the rival does.
 - ``local``: our step over that of plain transformers, whole documents on one rank, SDPA document by
   document; ``local_logits``: with the model's own loss; ``local_fsdp``: under FSDP2, as ours; ``..._cpu``.
-- ``step_us``, ``lower_20000_s``, ``lower_64_ms``, ``messages_2``, ``messages_8``: see ``attention_many.py``.
+- ``step_us``, ``lower_20000_s``, ``lower_64_ms``, ``messages_2``, ``messages_8``, and of windows: ``attention_many.py``.
 
 ``--only`` runs some parts; with ``--keep`` each leaves its figures in FILE, and the last line has those of all parts kept.
 ``--cases`` and ``--rounds`` are for a quick look. PATH is a program that starts one process per host with limited links:
