@@ -1,8 +1,9 @@
 """Lowering of documents of unlike lengths under a window: part of ``benchmarks/attention_many.py``, alone for all cases.
 
-``python benchmarks/attention_windows.py [ROUNDS]`` prints, for 64 log-normal documents (longest 3,000 and 32,000 tokens), windows
-of 128, 512 and 4,096, rings, all-gather, Ulysses and TokenRing on 4 and 8 ranks, CPU milliseconds of each direction: the median
-of micro-batches with other lengths each, and the first of all, when no program is known yet; then messages and launches.
+``python benchmarks/attention_windows.py [ROUNDS]`` prints, for 64 log-normal documents (longest 3,000 and 32,000 tokens),
+windows of 128, 512 and 4,096, rings, all-gather, Ulysses and TokenRing on 4 and 8 ranks, CPU milliseconds of each direction:
+the median of micro-batches with other lengths each, and the first of all, when no program is known yet; then messages and
+kernel launches.
 """
 
 from __future__ import annotations
