@@ -23,7 +23,7 @@ import numpy as np
 
 from hdp.attention.layout import Layout, make_layout, parse_layout
 from hdp.attention.mask import Mask
-from hdp.attention.pieces import UNIT, Family, family_of
+from hdp.attention.pieces import UNIT, Family, extents, family_of, kinds
 from hdp.attention.schedules import cuts_chunks, get_schedule, lay_out, ways_of
 from hdp.attention.schedules.double_ring import DoubleRing
 from hdp.attention.schedules.sight import sight_of
@@ -191,6 +191,10 @@ class Bundle:
             return self.lengths[:, None]
         if self._stripe and (self._seen != self._seen[0]).any():
             return self._seen.reshape(len(self.lengths), -1)
+        if isinstance(self._family, Family):
+            by_pieces = kinds(self._extents, self._family.wholes)
+            if (by_pieces != by_pieces[0]).any():
+                return by_pieces
         has_ways = self._family is not None and self.structure.mask.window is not None
         ways = [2 * near <= far for far, near in self._far_and_near.values()] if has_ways else []
         return np.stack(ways, axis=1) if ways else np.zeros((len(self.lengths), 0), dtype=bool)
@@ -225,7 +229,12 @@ class Bundle:
         if not cuts_chunks(self.schedule):
             return None
         keys_stay = any(not is_key for _, is_key, _ in ways_of(self.schedule))
-        return family_of(structure.layout, structure.size, self._shares, window, keys_together=keys_stay)
+        return family_of(structure.layout, structure.size, self._extents, keys_together=keys_stay)
+
+    @cached_property
+    def _extents(self) -> np.ndarray:
+        assert self.structure.mask.window is not None
+        return extents(self._shares, self.structure.mask.window)
 
     @cached_property
     def _far_and_near(self) -> dict[tuple[int, bool], tuple[np.ndarray, np.ndarray]]:

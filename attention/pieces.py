@@ -13,7 +13,6 @@ need no more than these numbers to know who looks at a piece; windows differ in 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -44,8 +43,10 @@ class Family:
     layout: str
     """``"zigzag"`` or ``"contiguous"``."""
     size: int
+    low: int
+    """The least of ``ahead`` and ``behind`` where the end of the sequence does not cut them short."""
     reach: int
-    """The most of ``ahead`` and ``behind``."""
+    """The most of them."""
     spread: int
     """The most by which they differ in one piece that is not near an end of the sequence."""
     keys_together: bool
@@ -77,26 +78,55 @@ class Family:
         return np.maximum(stop - start, 0)
 
 
-def family_of(layout: str, size: int, shares: np.ndarray, window: int, *, keys_together: bool) -> Family:
-    """The smallest that has all pieces of documents with these whole chunks, none empty: [documents, chunks] tokens."""
+def extents(shares: np.ndarray, window: int) -> np.ndarray:
+    """[documents, 3]: the least and the most of ``ahead`` and ``behind``, and the most by which they differ in one piece.
+
+    A number that the sequence's end cuts short could be any larger one, so it counts for the most only. ``shares``
+    [documents, chunks]: tokens of the whole chunks, none 0.
+    """
     count = shares.shape[1]
     ends = np.zeros((len(shares), count + 1), dtype=np.int64)
     np.cumsum(shares, axis=1, out=ends[:, 1:])
-    wholes = np.arange(count)
-    reach = spread = 0
+    wholes, borders = np.arange(count), ends[:, None, 1:-1]
+    low, reach, spread = (np.full(len(shares), n, dtype=np.int64) for n in (count - 1, 0, 0))
     for tokens in (ends[:, :-1], ends[:, 1:] - 1):  # the first and the last of each chunk: the ends of its pieces
-        ahead = (ends[:, None, 1:-1] <= tokens[:, :, None] + window - 1).sum(2) - wholes
-        behind = wholes - (ends[:, None, 1:-1] <= tokens[:, :, None] - window + 1).sum(2)
-        # A number that the sequence's end cuts short could be any larger.
-        more = np.where(ahead < count - 1 - wholes, behind - ahead, 0), np.where(behind < wholes, ahead - behind, 0)
-        reach = max(reach, int(ahead.max()), int(behind.max()))
-        spread = max(spread, *(int(m.max()) for m in more))
-    # Few families, so that their programs are soon known: a piece that no document has costs next to nothing.
-    reach = min(next(n for n in itertools.chain(_REACHES, [reach]) if n >= reach), count - 1)
-    return Family(layout, size, reach, spread, keys_together)
+        ahead = (borders <= tokens[:, :, None] + window - 1).sum(2) - wholes
+        behind = wholes - (borders <= tokens[:, :, None] - window + 1).sum(2)
+        reach = np.maximum(reach, np.maximum(ahead, behind).max(1))
+        for one, other, most in ((ahead, behind, count - 1 - wholes), (behind, ahead, wholes)):
+            low = np.minimum(low, np.where(one < most, one, count - 1).min(1))
+            spread = np.maximum(spread, np.where(one < most, other - one, 0).max(1))
+    return np.stack([np.minimum(low, reach), reach, spread], axis=1)
 
 
-_REACHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+def family_of(layout: str, size: int, found: np.ndarray, *, keys_together: bool) -> Family:
+    """A family that has all pieces of documents with these :func:`extents`.
+
+    Where pieces stay few it has more, so that families are few and their programs are soon known: a piece that no document
+    has costs next to nothing.
+    """
+    low, reach, spread = int(found[:, 0].min()), int(found[:, 1].max()), int(found[:, 2].max())
+    count = size * (2 if layout == "zigzag" else 1)
+    rounded = min(1 << (reach - 1).bit_length() if reach else 0, count - 1)
+    if _most_pieces(count, 0, rounded, spread) <= MANY:
+        low, reach = 0, rounded
+    return Family(layout, size, low, reach, spread, keys_together)
+
+
+def kinds(found: np.ndarray, count: int) -> np.ndarray:
+    """[documents, n] of :func:`extents`: documents for which these differ have families of their own, so that none is large."""
+    if _most_pieces(count, int(found[:, 0].min()), int(found[:, 1].max()), int(found[:, 2].max())) <= MANY:
+        return found[:, :0]
+    octaves = np.frexp(found[:, 1])[1][:, None]
+    return octaves if (octaves != octaves[0]).any() else found[:, 1:2]
+
+
+MANY = 1024
+"""Pieces of a family, about, above which documents are rather parted: making a program takes time in proportion."""
+
+
+def _most_pieces(count: int, low: int, reach: int, spread: int) -> int:
+    return count * (reach - low + 1) * (spread + 1)
 
 
 @lru_cache(maxsize=256)
@@ -112,8 +142,8 @@ def _pieces(family: Family, both_ways: tuple[tuple[int, bool], ...]) -> Pieces:
     for whole in range(count):
         of_whole = {
             (min(ahead, count - 1 - whole), min(behind, whole))
-            for ahead in range(family.reach + 1)
-            for behind in range(max(ahead - family.spread, 0), min(ahead + family.spread, family.reach) + 1)
+            for ahead in range(family.low, family.reach + 1)
+            for behind in range(max(ahead - family.spread, family.low), min(ahead + family.spread, family.reach) + 1)
         }
         order = sorted(of_whole, key=lambda p: (p[0], -p[1]) if family.keys_together else (-p[1], p[0]))
         found += [(whole, *piece) for piece in order]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from hdp.attention.layout import Ranges, make_layout
 from hdp.attention.lower import Task, lower
 from hdp.attention.lowered import Geometry, Lowered
 from hdp.attention.mask import Mask, decompose
-from hdp.attention.pieces import Pieces, family_of
+from hdp.attention.pieces import MANY, Pieces, extents, family_of
 from hdp.attention.program import HeadCount
 from hdp.attention.refine import refine
 from hdp.attention.regions import SHAPES
@@ -73,15 +74,16 @@ lengths_over = st.tuples(
 
 
 @examples(150)
-@given(lengths_over, st.booleans(), st.booleans())
+@given(lengths_over, st.booleans(), st.booleans(), st.booleans())
 def test_a_piece_is_named_by_what_it_sees(
-    case: tuple[str, int, int, list[int]], causal: bool, keys_together: bool
+    case: tuple[str, int, int, list[int]], causal: bool, keys_together: bool, few: bool
 ) -> None:
     """Document by document and token by token; and cuts are those of the document's own layout."""
     layout, size, window, lengths = case
     mask, whole = Mask(causal=causal, window=window), [make_layout(layout, n, size) for n in lengths]
     shares = np.array([[one.tokens(c) for c in range(len(one.chunks))] for one in whole])
-    family = family_of(layout, size, shares, window, keys_together=keys_together)
+    with mock.patch("hdp.attention.pieces.MANY", 0 if few else MANY):  # families as they are in large groups
+        family = family_of(layout, size, extents(shares, window), keys_together=keys_together)
     pieces, tokens = family.pieces(), family.cut(shares, window)
     sight = sight_of(pieces, mask)
     for one, row in zip(whole, tokens.tolist(), strict=True):
@@ -265,8 +267,22 @@ def test_families_are_few() -> None:
         window = draw.choice((128, 512, 4096))
         lengths = np.array([[draw.randint(window + 1, 32 * window)] for _ in range(draw.randint(1, 20))])
         shares = np.concatenate([(lengths + n) // 16 for n in range(16)], axis=1)
-        family = family_of("zigzag", 8, shares, window, keys_together=False)
+        family = family_of("zigzag", 8, extents(shares, window), keys_together=False)
         pieces = family.pieces()
         assert isinstance(pieces, Pieces) and pieces.length < 2 * 450
         families.add(family)
     assert len(families) <= 10
+
+
+def test_documents_of_large_groups_are_parted_before_families_grow() -> None:
+    draw = random.Random(1)
+    for size, window in ((16, 512), (32, 4096), (64, 4096)):
+        lengths = [draw.randint(window + 1, 40 * window) for _ in range(40)]
+        structure = structure_of("zigzag", lengths[0], size, Mask(window=window))
+        bundles = bundles_of(structure, "all_gather", tuple(range(size)), 1, range(40), lengths, [0] * 40)
+        assert sorted(n for b in bundles for n in b.lengths.tolist()) == sorted(lengths)
+        for bundle in bundles:
+            whole = make_layout("zigzag", int(bundle.lengths[0]), size)
+            alone = len(refine(whole, Mask(window=window)).chunks)
+            assert len(bundle.layout.chunks) <= max(MANY, 3 * alone)
+        assert len(bundles) < 40
