@@ -324,7 +324,7 @@ class Binding:
             tensor = self.tensor(one.tensor)
             recipe = Recipe.of(tensor, one.cut, one.heads, backend.lay, backend.row_axis)
             if one.tensor >= len(self._externals):
-                recipe = recipe.moved(tensor.storage_offset() - self._typed_space(one).storage_offset())
+                recipe = recipe.moved(int(tensor.storage_offset() - self._typed_space(one).storage_offset()))
         self.program._recipes[slot] = recipe
         return recipe
 

@@ -98,7 +98,7 @@ class _Lowering:
         aliases = self.spaces.make_roots(incoming)
         drafts = [self._round(step, outgoing[step], incoming[step], aliases) for step in range(count)]
         local = [
-            Local(index, call, self._maker(call).costs(index, call))
+            Local(index, call, self._costs(index, call))
             for index, one in enumerate(self.outlines)
             if one.is_local
             for turn in one.turns
@@ -135,12 +135,15 @@ class _Lowering:
                 f" {error}"
             ) from error
 
-    def _maker(self, call: KernelCall | Region) -> Launches | Regions:
-        return self.regions if isinstance(call, Region) else self.launches
-
     def _calls(self, index: int, call: KernelCall | Region, **which: Any) -> tuple[list[Call], np.ndarray]:
         """Launches of one bundle, and what must be emptied before."""
-        return self._maker(call).call(index, call, **which)  # type: ignore[arg-type]
+        if isinstance(call, Region):
+            return self.regions.call(index, call, **which)
+        return self.launches.call(index, call, **which)
+
+    def _costs(self, index: int, call: KernelCall | Region) -> np.ndarray:
+        """Of each document of a bundle, query-key pairs times heads."""
+        return self.regions.costs(index, call) if isinstance(call, Region) else self.launches.costs(index, call)
 
     # ------------------------------------------------------------ messages
 

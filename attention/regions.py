@@ -100,7 +100,8 @@ class Regions:
             first, last = some.heads or (0, tensor.heads)
             starts = self.tables.rows(index, ref, ref.start)
             empty = int(self.tables.emptying(index, ref).op)
-            targets.append((self.tables.number(index, ref.tensor), first, last - first, tensor.has_dim, empty, starts))
+            number = self.tables.number(index, ref.tensor)
+            targets.append((number, first, last - first, int(tensor.has_dim), empty, starts))
         return per_key, one.first, not self.backward, component, begin, end, targets
 
 

@@ -72,7 +72,7 @@ class Recipe:
         spans = cut.ranges if cut.sizes is None else [(cut.start, cut.stop)]
         parts = [laid.narrow(axis, a, b - a) for a, b in spans]
         first = tensor.storage_offset()
-        pieces = [(tuple(p.shape), p.stride(), p.storage_offset() - first) for p in parts]
+        pieces = [(tuple(p.shape), p.stride(), int(p.storage_offset() - first)) for p in parts]
         return cls(pieces, cut.sizes, cut.picks, axis)
 
     def moved(self, elements: int) -> Recipe:
