@@ -109,15 +109,15 @@ class AttentionRuntime:
         self._fixed = None if name is None else parse_schedule(name)
         self._schedule = name
 
-    def schedules(self, shard: RouteShard, key: LayerKey) -> tuple[str, str]:
-        """Forward and backward schedule of a sequence, as this runtime runs it. Raises ValueError if ``"auto"`` cannot be
-        resolved."""
+    def schedules(self, shard: RouteShard, key: LayerKey, chooser: Chooser | None = None) -> tuple[str, str]:
+        """Forward and backward schedule of a sequence, as this runtime runs it; ``chooser`` counts where the runtime has none.
+        Raises ValueError if ``"auto"`` cannot be resolved."""
         if len(shard.group) == 1:
             return "local", "local"
         try:
             return resolve(
                 self._fixed or shard.names,
-                self.chooser,
+                self.chooser or chooser,
                 length=shard.length,
                 group=shard.group,
                 layout=shard.layout,
@@ -202,13 +202,20 @@ class Route:
         runtime: the process's runtime.
         shards: this rank's shards in the order of their packed tokens; ascending sequence, as on every sharer.
         serial: numbers that tell this micro-batch from others and are the same on all sharers, e.g. (step, slot).
+        chooser: resolves the schedule ``"auto"`` where the runtime has no chooser; the same on all sharers.
 
     Raises:
         ValueError: shards out of order, a group that this rank is no member of or that names a rank twice, a negative length.
     """
 
-    def __init__(self, runtime: AttentionRuntime, shards: Sequence[RouteShard], serial: tuple[int, ...] = (0,)) -> None:
-        self.runtime, self.shards, self.serial = runtime, tuple(shards), serial
+    def __init__(
+        self,
+        runtime: AttentionRuntime,
+        shards: Sequence[RouteShard],
+        serial: tuple[int, ...] = (0,),
+        chooser: Chooser | None = None,
+    ) -> None:
+        self.runtime, self.shards, self.serial, self.chooser = runtime, tuple(shards), serial, chooser
         check_shards(self.shards, runtime.rank)
         self.calls = Calls()
         """Names of the attention calls on this route, and the order in which they ran."""
@@ -264,7 +271,7 @@ class Route:
 
     def schedules(self, shard: RouteShard, key: LayerKey) -> tuple[str, str]:
         """Forward and backward schedule of one sequence, ``"auto"`` resolved. Raises ValueError if it cannot be."""
-        return self.runtime.schedules(shard, key)
+        return self.runtime.schedules(shard, key, self.chooser)
 
 
 class RouteRegistry:

@@ -7,6 +7,7 @@ plan on every rank and every machine.
 from hdp.balance.clock import evaluate
 from hdp.balance.cost import CostModel
 from hdp.balance.evaluate import Evaluation
+from hdp.balance.machine import Machine
 from hdp.balance.models import MODELS, ModelShape
 from hdp.balance.plan import DoesNotFit, MicroBatch, Plan, PlanError, Shard
 from hdp.balance.planners import PLANNERS, make_plan, plan
@@ -19,6 +20,7 @@ __all__ = [
     "DoesNotFit",
     "Evaluation",
     "Link",
+    "Machine",
     "MicroBatch",
     "ModelShape",
     "Plan",

@@ -96,8 +96,8 @@ def _slot_work(plan: Plan, costs: Costs, topology: Topology, sequences: IntArray
     whole = sequences[sizes == 1]
     ranks = plan.group_ranks[plan.group_offsets[whole]]
     forward = (costs.linear[whole] * costs.forward).astype(np.int64)
-    np.add.at(passes[0], ranks, costs.attention[0][whole] + forward)
-    np.add.at(passes[1], ranks, costs.attention[1][whole] + costs.linear[whole] - forward)
+    np.add.at(passes[0], ranks, topology.slowed(costs.attention[0][whole] + forward, ranks))
+    np.add.at(passes[1], ranks, topology.slowed(costs.attention[1][whole] + costs.linear[whole] - forward, ranks))
     present[ranks] = True
     rings: dict[bytes, list[int]] = {}  # packed: by group
     for i in sequences[sizes > 1].tolist():
@@ -105,28 +105,30 @@ def _slot_work(plan: Plan, costs: Costs, topology: Topology, sequences: IntArray
         rings.setdefault(group.tobytes(), []).append(i)
     for key, members in rings.items():
         group = np.frombuffer(key, dtype=np.int64)
-        passes[:, group] += _packed_ring(costs, topology, members, group)[:, None]
+        passes[:, group] += _packed_ring(costs, topology, members, group)
         present[group] = True
     copying = np.maximum(one_way - passes, 0).sum(axis=0)
     component = _components(plan.world_size, [np.frombuffer(key, dtype=np.int64) for key in rings])
     active = np.flatnonzero(present)
-    ticks = passes.sum(axis=0) + copying + costs.constant
+    constant = topology.slowed(np.full(plan.world_size, costs.constant, dtype=np.int64), np.arange(plan.world_size))
+    ticks = passes.sum(axis=0) + copying + constant
     return SlotWork(ranks=active, ticks=ticks[active], component=component[active], copying=copying[active])
 
 
 def _packed_ring(costs: Costs, topology: Topology, sequences: list[int], group: IntArray) -> IntArray:
-    """Ticks of forward and backward."""
+    """[2, members] Ticks of forward and backward. A slow member computes for longer; its messages take what others' do."""
     nodes = group // topology.ranks_per_node
     across = int(nodes.min() != nodes.max())
     size = len(group)
     linear = -(-int(costs.linear[sequences].sum()) // size)
     forward = int(linear * costs.forward)
-    passes = [forward, linear - forward]
-    for phase in (0, 1):
-        attention = int(costs.attention[phase][sequences].sum())
+    passes = np.empty((2, size), dtype=np.int64)
+    for phase, each in enumerate((forward, linear - forward)):
+        whole = np.full(size, int(costs.attention[phase][sequences].sum()), dtype=np.int64)
         ring = int(costs.ring[across, phase][sequences].sum())
-        passes[phase] += int(ring_phase(attention, ring, costs.latency[across], size))
-    return np.array(passes, dtype=np.int64)
+        passes[phase] = topology.slowed(np.full(size, each, dtype=np.int64), group)
+        passes[phase] += ring_phase(topology.slowed(whole, group), ring, costs.latency[across], size)
+    return passes
 
 
 def _components(world_size: int, groups: list[IntArray]) -> IntArray:

@@ -6,7 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hdp.balance.plan import PlanError
+
+STEPS = 1000
+"""Speeds are counted in so many parts, so that plans are made of whole numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +43,26 @@ class Topology:
     """Between ranks of one node."""
     inter: Link = field(default_factory=lambda: Link(bandwidth=50e9))
     """Between ranks of different nodes."""
+    speeds: tuple[float, ...] = ()
+    """How fast each rank computes, 1 being what the cost model says; empty: all alike."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "ranks_per_node"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PlanError(f"{name} is {value!r}: give a whole number of at least 1")
+        if self.speeds and len(self.speeds) != self.world_size:
+            raise PlanError(f"speeds has {len(self.speeds)} ranks, world_size is {self.world_size}: make them equal")
+        if not all(0.01 <= speed < math.inf for speed in self.speeds):
+            raise PlanError(f"speeds is {self.speeds}: give a number of at least 0.01 for each rank")
+
+    def slowed(self, ticks: NDArray[np.int64], ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """What ``ranks`` take for ``ticks`` of work, in whole ticks."""
+        if not self.speeds:
+            return ticks
+        speeds = np.array([round(STEPS * speed) for speed in self.speeds], dtype=np.int64)
+        whole, rest = np.divmod(ticks, speeds[ranks])
+        return whole * STEPS + rest * STEPS // speeds[ranks]
 
     @property
     def nodes(self) -> int:

@@ -81,7 +81,9 @@ class Ours:
         self.engine = hdp.shard(llama(heads, "hdp"), world)
         self.optimizer = torch.optim.AdamW(self.engine.parameters(), lr=LEARNING_RATE)
         tokens = sum(map(len, documents))
-        loader = hdp.Loader(documents, world, tokens_per_step=tokens, capacity=CAPACITY, seed=None, steps=steps)
+        loader = hdp.Loader(
+            documents, self.engine, tokens_per_step=tokens, capacity=CAPACITY, machine="assume", seed=None, steps=steps
+        )
         self.plan = next(loader.plan_batches())[1]
         self.batches = iter(loader)
 

@@ -104,10 +104,11 @@ class HdpMesh:
         self.optimizer = torch.optim.AdamW(self.engine.parameters(), lr=LEARNING_RATE)
         self.loader = hdp.Loader(
             documents,
-            world,
+            self.engine,
             tokens_per_step=sum(map(len, documents)),
             capacity=BATCHES[job.batch].capacity,
             planner="static",
+            machine="assume",
             seed=None,
             steps=len(job.schedules) * (job.rounds + 1) * len(job.sides),
         )

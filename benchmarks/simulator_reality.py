@@ -4,7 +4,7 @@
     torchrun --nnodes N ... benchmarks/simulator_reality.py --draw 1        # six other batches, drawn with seed 1
 
 Measures the model and the links with what ``hdp profile`` calls, plans batches with several planners, simulates each plan as
-``hdp simulate --profile`` does, then runs it on FSDP2 and compares. Prints one line a case; the last line is one JSON object.
+``hdp simulate --machine`` does, then runs it on FSDP2 and compares. Prints one line a case; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hdp.balance.cost import TICK, CostModel
 from hdp.balance.distributions import draw_lengths
 from hdp.balance.evaluate import evaluate
 from hdp.balance.host import HostCosts
-from hdp.balance.measured import Profile
+from hdp.balance.machine import Machine
 from hdp.balance.plan import IntArray, Plan
 from hdp.balance.simulator import Cluster, Simulation, simulate
 from hdp.parallel.batch import PlannedBatch
@@ -77,7 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of the profile")
     parser.add_argument("--timeline", action="store_true", help="print when each micro-batch ran, said and measured")
     parser.add_argument("--out", help="JSON file of all cases")
-    parser.add_argument("--profile", help="write the profile, as hdp profile does")
+    parser.add_argument("--machine", help="write what was measured, as hdp profile does")
     return parser.parse_args()
 
 
@@ -102,8 +102,8 @@ def main() -> None:
     measured = profile(model, world, lengths=(64, 128, 256, 512, 1024, 2048), budget=options.budget)
     if world.rank == 0:
         tell(measured)
-        if options.profile:
-            measured.write(options.profile)
+        if options.machine:
+            measured.write(options.machine)
     host = measured.host
     quota = Quota(period=host.quota_period, cores=host.quota_share * torch.get_num_threads())
     reference = Reference(Engine(build(options), world), host_clock(world.device, quota))
@@ -117,7 +117,7 @@ def main() -> None:
         said = {planner: predict(measured, lengths, planner) for planner in planners}
         plans = {planner: made for planner, (made, _) in said.items()}
         steps, speed = run(engine, reference, lengths, plans, options.repeats)
-        now, there = slowed(measured.cost, Cluster.of_profile(measured), speed)
+        now, there = slowed(measured.cost, Cluster.of_machine(measured), speed)
         for planner, (made, as_profiled) in said.items():
             simulated = simulate(made, now, there)
             seconds = [result.seconds for result in steps[planner]]
@@ -146,9 +146,9 @@ def main() -> None:
     world.close()
 
 
-def predict(measured: Profile, lengths: Sequence[int] | IntArray, planner: str) -> tuple[Plan, Simulation]:
-    """The plan of a batch, and what the profile says of it: as ``hdp simulate --profile`` does."""
-    cluster = Cluster.of_profile(measured)
+def predict(measured: Machine, lengths: Sequence[int] | IntArray, planner: str) -> tuple[Plan, Simulation]:
+    """The plan of a batch, and what the profile says of it: as ``hdp simulate --machine`` does."""
+    cluster = Cluster.of_machine(measured)
     made = plan(lengths, cluster.topology, measured.cost, capacity=CAPACITY, planner=planner)
     return made, simulate(made, measured.cost, cluster)
 
@@ -199,7 +199,7 @@ def run(
     return {planner: of[1:] for planner, of in steps.items()}, statistics.median(references) / reference.profiled
 
 
-def tell(measured: Profile) -> None:
+def tell(measured: Machine) -> None:
     for s in measured.samples:
         print(f"profile {s.documents} x {s.length}: {s.seconds:.4f} s, fit {100 * s.error:+.1f} %")
     print(f"profile {measured.cost}\n{measured.intra} {measured.inter}\n{measured.host}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import statistics
 import tempfile
@@ -18,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hdp
-from hdp.balance import CostModel, Link, Topology
+from hdp.balance import CostModel, Link, Machine, Topology
 from hdp.balance.distributions import draw_lengths
 from hdp.offload import FileTier, OffloadEngine
 from hdp.parallel.activations import Activations
@@ -93,7 +92,14 @@ class HdpStep:
         documents = [document for step in range(steps) for document in short_documents(step)]
         tokens = DOCUMENTS * DOCUMENT_TOKENS
         self.batches = iter(
-            hdp.Loader(documents, world, tokens_per_step=tokens, capacity=capacity, cost=local_cost(), seed=None)
+            hdp.Loader(
+                documents,
+                self.engine,
+                tokens_per_step=tokens,
+                capacity=capacity,
+                machine=on_ranks(world, local_cost(), Topology(world_size=world.world_size)),
+                seed=None,
+            )
         )
 
     def __call__(self, _: list[Tensor]) -> None:
@@ -103,6 +109,15 @@ class HdpStep:
         self.engine.clip_grad_norm_(1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def on_ranks(world: hdp.World, cost: CostModel, topology: Topology) -> Machine:
+    """A machine of which all but cost and links is as good as not known."""
+    per_node = topology.ranks_per_node
+    nodes = (per_node,) * (world.world_size // per_node) or (world.world_size,)
+    return Machine(
+        model="given", device="given", nodes=nodes, cost=cost, flops=1e11, intra=topology.intra, inter=topology.inter
+    )
 
 
 def local_cost() -> CostModel:
@@ -208,10 +223,10 @@ def fit(world: hdp.World, regime: str, folder: str) -> dict:
         documents = [torch.zeros(length, dtype=torch.int64)] * world.world_size
         loader = hdp.Loader(
             documents,
-            world,
+            engine,
             tokens_per_step=length * world.world_size,
             capacity=length,
-            planner=functools.partial(whole, regime=regime),
+            planner=whole,
         )
         batch = next(iter(loader))
         runs = [engine.forward_backward(batch) for _ in range(1 + FIT_RUNS)]
@@ -265,18 +280,15 @@ def steps(world: hdp.World, options: argparse.Namespace) -> dict:
         engine.activations = Activations(store=OffloadEngine([FileTier(options.folder)]))
     if options.fit:
         link = Link(bandwidth=options.rate, latency=2e-4)
-        plan_options |= {
-            "cost": cost_model(json.loads(options.fit)),
-            "topology": Topology(world_size=world.world_size, ranks_per_node=1, intra=link, inter=link),
-        }
+        topology = Topology(world_size=world.world_size, ranks_per_node=1, intra=link, inter=link)
+        plan_options["machine"] = on_ranks(world, cost_model(json.loads(options.fit)), topology)
     documents = documents_of(options.batch, options.capacity)
     loader = hdp.Loader(
         documents,
-        world,
+        engine,
         tokens_per_step=sum(map(len, documents)),
         capacity=options.capacity,
         planner=options.planner,
-        regime=options.regime,
         seed=None,
         steps=options.repeats + 1,
         **plan_options,

@@ -53,7 +53,7 @@ def main() -> None:
     engine = hdp.shard(model, world)
     # 2. was: loader = accelerator.prepare(DataLoader(documents, batch_size=8, shuffle=True, collate_fn=pad))
     loader = hdp.Loader(
-        documents, world, tokens_per_step=args.tokens_per_step, capacity=args.capacity, steps=args.steps
+        documents, engine, tokens_per_step=args.tokens_per_step, capacity=args.capacity, steps=args.steps
     )
 
     optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1))

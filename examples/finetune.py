@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     loader = hdp.Loader(
         train,
-        world,
+        engine,
         tokens_per_step=args.tokens_per_step,
         capacity=args.capacity,
         planner=args.planner,

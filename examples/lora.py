@@ -60,10 +60,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW([p for p in engine.parameters() if p.requires_grad], lr=args.lr)
     loader = hdp.Loader(
         documents,
-        world,
+        engine,
         tokens_per_step=args.tokens_per_step,
         capacity=args.capacity,
-        regime=args.regime,
         steps=args.steps,
     )
     for batch in loader:

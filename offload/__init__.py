@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hdp.offload.auto import Decision, LayerProfile, choose
-    from hdp.offload.bandwidth import Bandwidth, measure_bandwidth
+    from hdp.offload.auto import Decision, choose
+    from hdp.offload.bandwidth import measure_bandwidth
     from hdp.offload.engine import OffloadEngine
     from hdp.offload.errors import OffloadError
     from hdp.offload.file_tier import FileTier
@@ -20,12 +20,10 @@ if TYPE_CHECKING:
     from hdp.offload.tiers import HostTier, Tier
 
 _HOMES = {
-    "Bandwidth": "bandwidth",
     "Decision": "auto",
     "FileTier": "file_tier",
     "HostTier": "tiers",
     "LayerAction": "policy",
-    "LayerProfile": "auto",
     "MicroBatch": "micro_batch",
     "OffloadEngine": "engine",
     "OffloadError": "errors",
@@ -39,12 +37,10 @@ _HOMES = {
 
 __all__ = [
     "POLICIES",
-    "Bandwidth",
     "Decision",
     "FileTier",
     "HostTier",
     "LayerAction",
-    "LayerProfile",
     "MicroBatch",
     "OffloadEngine",
     "OffloadError",

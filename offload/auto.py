@@ -10,25 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from hdp.balance.machine import LayerWork
 from hdp.offload.model import LayerBytes, device_bytes, tier_bytes
 from hdp.offload.policy import layer_actions
 
 RATIO_STEPS = 64
 """Ratios weighed when copies must show: multiples of 1/64."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LayerProfile:
-    """One layer on one micro-batch, as measured."""
-
-    forward_seconds: float
-    """Time of the layer's forward."""
-    bytes_all: int
-    """Bytes it saves when everything is kept."""
-    bytes_kept: int
-    """Bytes of its input and of attention's out and lse."""
-    attention_seconds: float = 0.0
-    """Part of the forward that is attention, which a recomputation leaves out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,20 +36,20 @@ class Decision:
     reason: str
 
 
-def hiding_ratio(profile: LayerProfile, bandwidth: float) -> float:
+def hiding_ratio(profile: LayerWork, bandwidth: float) -> float:
     """Largest fraction of a layer's activations that moves within the time of its forward."""
     if profile.bytes_all <= 0:
         return 0.0
     return min(1.0, profile.forward_seconds * bandwidth / profile.bytes_all)
 
 
-def late_seconds(profile: LayerProfile, ratio: float, bandwidth: float) -> float:
+def late_seconds(profile: LayerWork, ratio: float, bandwidth: float) -> float:
     """By how much the copies of one layer outlast its forward, and its backward, which takes twice as long."""
     copy = ratio * profile.bytes_all / bandwidth
     return max(copy - profile.forward_seconds, 0.0) + max(copy - 2.0 * profile.forward_seconds, 0.0)
 
 
-def scaled_profile(profiles: Mapping[int, LayerProfile], tokens: int) -> LayerProfile:
+def scaled_profile(profiles: Mapping[int, LayerWork], tokens: int) -> LayerWork:
     """The profile of a micro-batch of ``tokens`` tokens from that of the nearest count measured.
 
     Bytes grow linearly. Time is scaled so that it is never overstated, whatever attention's share: linearly to more
@@ -71,7 +58,7 @@ def scaled_profile(profiles: Mapping[int, LayerProfile], tokens: int) -> LayerPr
     near = min(profiles, key=lambda n: (abs(n - tokens), n))
     profile, factor = profiles[near], tokens / near
     slower = factor if factor > 1.0 else factor * factor
-    return LayerProfile(
+    return LayerWork(
         forward_seconds=profile.forward_seconds * slower,
         bytes_all=round(profile.bytes_all * factor),
         bytes_kept=round(profile.bytes_kept * factor),
@@ -79,7 +66,7 @@ def scaled_profile(profiles: Mapping[int, LayerProfile], tokens: int) -> LayerPr
     )
 
 
-def memo_fraction(profile: LayerProfile, *, bandwidth: float, movable_layers: int, room: int | None) -> float | None:
+def memo_fraction(profile: LayerWork, *, bandwidth: float, movable_layers: int, room: int | None) -> float | None:
     """MEMO's swap fraction: the largest a with (kept + a * others) / B <= T and layers * (kept + a * others) <= room.
 
     None when not even the input and the attention output hide or find room.
@@ -94,7 +81,7 @@ def memo_fraction(profile: LayerProfile, *, bandwidth: float, movable_layers: in
 
 
 def choose(
-    profile: LayerProfile,
+    profile: LayerWork,
     *,
     layers: int,
     bandwidth: float,
@@ -160,7 +147,7 @@ def choose(
 
 
 def _paid_options(
-    profile: LayerProfile,
+    profile: LayerWork,
     decide: Callable[[str, float, float, float, str], Decision],
     *,
     movable: int,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from hdp.balance.machine import CopyRates
 from hdp.offload.buffers import BufferPool
 from hdp.offload.errors import OffloadError
 from hdp.offload.split import Split
@@ -17,21 +17,6 @@ from hdp.offload.tiers import Slot, Tier
 
 PIECE = 16 << 20
 """Bytes of one copy that is timed."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Bandwidth:
-    """Bytes per second of one rank."""
-
-    out: float
-    """Device to tier."""
-    back: float
-    """Tier to device."""
-
-    @property
-    def least(self) -> float:
-        """What Eq. 3 wants: min(B_d2h, B_h2d)."""
-        return min(self.out, self.back)
 
 
 def _nothing() -> None:
@@ -47,7 +32,7 @@ def measure_bandwidth(
     device: torch.device | str = "cpu",
     barrier: Callable[[], None] = _nothing,
     slowest: Callable[[float], float] = lambda seconds: seconds,
-) -> Bandwidth:
+) -> CopyRates:
     """Copies ``nbytes`` out and back, ``rounds`` times, and takes the middle time of each direction.
 
     Args:
@@ -81,7 +66,7 @@ def measure_bandwidth(
                 barrier()
                 times[name].append(slowest(_timed(slots, stream, copy, source, split, copies)))
         middle = {name: sorted(seconds)[len(seconds) // 2] for name, seconds in times.items()}
-        return Bandwidth(out=count * piece / middle["out"], back=count * piece / middle["back"])
+        return CopyRates(out=count * piece / middle["out"], back=count * piece / middle["back"])
     finally:
         copies.close()
         for slot in slots:

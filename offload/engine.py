@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hdp.offload.auto import Decision, LayerProfile, choose, scaled_profile
+from hdp.balance.machine import CopyRates, LayerWork
+from hdp.offload.auto import Decision, choose, scaled_profile
 from hdp.offload.auto import memo_fraction as solve_memo
-from hdp.offload.bandwidth import PIECE, Bandwidth, measure_bandwidth
+from hdp.offload.bandwidth import PIECE, measure_bandwidth
 from hdp.offload.errors import OffloadError
 from hdp.offload.layers import find_layers
 from hdp.offload.malloc import return_freed_blocks
@@ -59,8 +60,8 @@ class OffloadEngine(ActivationStore):
         if tune_malloc and torch.device(device).type == "cpu":
             return_freed_blocks()
         super().__init__(tiers, device=torch.device(device), min_bytes=min_bytes, copies=copies)
-        self.bandwidth: Bandwidth | None = None
-        self.profiles: dict[int, LayerProfile] = {}
+        self.bandwidth: CopyRates | None = None
+        self.profiles: dict[int, LayerWork] = {}
         """Last measured layer of micro-batches of so many tokens."""
         self.decision: Decision | None = None
         """What ``auto`` chose last, and what it is predicted to take."""
@@ -73,6 +74,7 @@ class OffloadEngine(ActivationStore):
         ratio: float = 1.0,
         policy: str = "offload",
         tokens: int | None = None,
+        layer: LayerWork | None = None,
         layers: Sequence[nn.Module] | None = None,
         memo_fraction: float | None = None,
         recompute_layers: int | None = None,
@@ -88,9 +90,11 @@ class OffloadEngine(ActivationStore):
             ratio: fraction of each saved activation that leaves, 0 to 1.
             policy: ``keep``, ``offload``, ``recompute``, ``memo`` (see :mod:`hdp.offload.policy`), or ``auto``: the
                 largest ratio, up to ``ratio``, whose copies hide behind compute and find room, from the bandwidth of
-                :meth:`measure` and the layer times of the last micro-batch of about as many tokens; the first one
-                offloads ``ratio`` as far as there is room, and is timed. What finds no room in any tier stays.
+                :meth:`measure` and the layer times of the last micro-batch of about as many tokens; of the first
+                one, which is timed, from ``layer``, or without it ``ratio`` as far as there is room. What finds no room in any
+                tier stays.
             tokens: tokens of the micro-batch; saved tensors with a dimension of that size are split by whole tokens.
+            layer: what one of the model's layers is expected to take on it (``hdp.balance.Machine.layer``).
             layers: the model's layers in forward order; None finds them.
             memo_fraction: fraction of layers that ``memo`` offloads instead of recomputing; None solves for the largest that
                 hides and finds room (MEMO), from what ``auto`` measures, and recomputes nothing until something is measured.
@@ -112,9 +116,11 @@ class OffloadEngine(ActivationStore):
                              "and call engine.measure() once at start")  # fmt: skip
         kept = {"keep_first": keep_first, "keep_last": keep_last}
         if policy == "auto":
-            policy, ratio, memo_fraction = self._auto(ratio, tokens, len(found), device_budget, **kept)
+            policy, ratio, memo_fraction = self._auto(
+                ratio, self._layer(tokens, layer), len(found), device_budget, **kept
+            )
         elif solves:
-            policy, ratio, memo_fraction = self._memo(tokens, len(found), **kept)
+            policy, ratio, memo_fraction = self._memo(self._layer(tokens, layer), len(found), **kept)
         again = None if solves else recompute_layers
         actions = layer_actions(
             len(found), policy=policy, ratio=ratio, memo_fraction=memo_fraction or 0.0, recompute_layers=again, **kept
@@ -129,7 +135,7 @@ class OffloadEngine(ActivationStore):
         nbytes: int = 256 << 20,
         barrier: Callable[[], None] = lambda: None,
         slowest: Callable[[float], float] = lambda seconds: seconds,
-    ) -> Bandwidth:
+    ) -> CopyRates:
         """Measures the tiers, for ``auto``; every rank of the node calls it (see :func:`measure_bandwidth`).
 
         Of a chain the slowest tier counts; one whose budget is smaller than ``nbytes`` is measured with what it holds.
@@ -149,10 +155,17 @@ class OffloadEngine(ActivationStore):
         self.bandwidth = min(found, key=lambda b: b.least)
         return self.bandwidth
 
+    def _layer(self, tokens: int | None, expected: LayerWork | None) -> LayerWork | None:
+        """One layer on a micro-batch, as measured or else as expected; None: neither is known."""
+        if not self.profiles:
+            return expected
+        assert tokens is not None
+        return scaled_profile(self.profiles, tokens)
+
     def _auto(
         self,
         most: float,
-        tokens: int | None,
+        layer: LayerWork | None,
         layers: int,
         device_budget: int | None,
         *,
@@ -160,11 +173,11 @@ class OffloadEngine(ActivationStore):
         keep_last: int,
     ) -> tuple[str, float, float]:
         """(policy, ratio, MEMO's fraction) of a micro-batch under ``auto``."""
-        if not self.profiles:
+        if layer is None:
             return "offload", most, 0.0
-        assert tokens is not None and self.bandwidth is not None
+        assert self.bandwidth is not None
         self.decision = found = choose(
-            scaled_profile(self.profiles, tokens),
+            layer,
             layers=layers,
             bandwidth=self.bandwidth.least,
             room=self.chain.room,
@@ -175,13 +188,15 @@ class OffloadEngine(ActivationStore):
         ratio = min(most, found.ratio) if found.policy == "offload" else found.ratio
         return found.policy, ratio, found.memo_fraction
 
-    def _memo(self, tokens: int | None, layers: int, *, keep_first: int, keep_last: int) -> tuple[str, float, float]:
+    def _memo(
+        self, layer: LayerWork | None, layers: int, *, keep_first: int, keep_last: int
+    ) -> tuple[str, float, float]:
         """The same under ``memo``: its fraction solved for; full recomputation where not even layer inputs hide."""
-        if not self.profiles:
+        if layer is None:
             return "offload", 1.0, 0.0
-        assert tokens is not None and self.bandwidth is not None
+        assert self.bandwidth is not None
         fraction = solve_memo(
-            scaled_profile(self.profiles, tokens),
+            layer,
             bandwidth=self.bandwidth.least,
             movable_layers=max(layers - keep_first - keep_last, 0),
             room=self.chain.room,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from hdp.offload.auto import LayerProfile
+from hdp.balance.machine import LayerWork
 from hdp.offload.policy import LayerAction
 from hdp.offload.recompute import recomputing
 from hdp.offload.records import Handle, Record, State
@@ -131,7 +131,7 @@ class MicroBatch:
         if not inner or self.tokens is None:
             return
         whole = sum(self.layer_bytes[i] for i in inner) // len(inner)
-        self.engine.profiles[self.tokens] = LayerProfile(
+        self.engine.profiles[self.tokens] = LayerWork(
             forward_seconds=sum(self.layer_seconds[i] for i in inner) / len(inner),
             bytes_all=whole,
             # The layer's input and the attention output, which is as wide.

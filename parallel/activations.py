@@ -20,11 +20,25 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from hdp.balance.machine import CopyRates, LayerWork, Machine
 from hdp.balance.plan import MicroBatch
 from hdp.offload import POLICIES, FileTier, HostTier, OffloadEngine, Tier
 from hdp.parallel.world import World
 
 PLANNED = "plan"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """What plans may count on outside the device; equal on all ranks."""
+
+    copies: CopyRates | None = None
+    """Measured with all ranks copying; None: nothing leaves."""
+    host_memory: float = 0.0
+    """Bytes of this rank, as of ``hdp.balance.CostModel``."""
+    disk_memory: float = 0.0
+    in_flight: int = 2
+    """Layers on the device at once while they leave or return."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +61,8 @@ class Activations:
     memo_fraction: float | None = None
     """``memo``: fraction of the layers that offload everything; the others recompute. Equal on all ranks, so that sharers of
     a sequence recompute the same layers; ``hdp.offload.auto.memo_fraction`` solves for it."""
+    room: Room | None = None
+    """What plans count on; None: what the machine says."""
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
@@ -71,9 +87,8 @@ class Activations:
     ) -> Activations:
         """A store for this rank, its bandwidth measured by all ranks at once; a collective. Close it, or use ``with``.
 
-        Call it when the engine has been made: plans by the engine's own assumptions (``hdp.Loader`` without ``cost``) then use
-        the measured bandwidth, host memory and this rank's share of the free disk as the bound of what leaves, and the layers
-        that keep everything.
+        As ``engine.activations`` it tells loaders of that engine the measured bandwidth, host memory and this rank's share of
+        the free disk as the bound of what leaves, and the layers that keep everything.
 
         Args:
             policy, ratio, memo_fraction, keep_first, keep_last: as of the class.
@@ -99,6 +114,7 @@ class Activations:
                     )
                 store = OffloadEngine(tiers or [HostTier(budget=0)], device=world.device)
                 made = cls(
+                    room=Room(),
                     store=store,
                     policy=policy,
                     ratio=ratio,
@@ -106,9 +122,8 @@ class Activations:
                     keep_first=keep_first,
                     keep_last=keep_last,
                 )
-                _assume(world, made)
                 if tiers:
-                    _measure(world, store, host_bytes)
+                    made = replace(made, room=_measure(world, store, host_bytes))
         except BaseException:
             if store is not None:
                 store.close()
@@ -120,6 +135,21 @@ class Activations:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self.store.__exit__(kind, *error)
+
+    def known_to(self, machine: Machine) -> Machine:
+        """The machine as plans see it that count on this: with the layers that keep everything, and the room there is."""
+        if self.room is None:
+            return machine
+        cost = replace(
+            machine.cost,
+            keep_first=self.keep_first,
+            keep_last=self.keep_last,
+            in_flight=self.room.in_flight,
+            copy_bandwidth=self.room.copies.least if self.room.copies else 0.0,
+            host_memory=self.room.host_memory,
+            disk_memory=self.room.disk_memory,
+        )
+        return replace(machine, cost=cost, copies=self.room.copies)
 
     def _check_kept(self, micro_batch: MicroBatch | None) -> None:
         """Raises ValueError where layers that keep everything need more room than the plan counts on.
@@ -151,8 +181,13 @@ class Activations:
                 ' offload="off" and recompute="off"'
             )
 
-    def around(self, model: nn.Module, micro_batch: MicroBatch | None, tokens: int) -> AbstractContextManager[object]:
-        """The context for forward and backward of one micro-batch of ``tokens`` tokens."""
+    def around(
+        self, model: nn.Module, micro_batch: MicroBatch | None, tokens: int, machine: Machine | None = None
+    ) -> AbstractContextManager[object]:
+        """The context for forward and backward of one micro-batch of ``tokens`` tokens.
+
+        ``machine``: tells what a layer takes until one has been measured.
+        """
         policy, ratio, layers = self.policy, self.ratio, None
         if policy == PLANNED or (
             policy == "auto" and needs_store(micro_batch)
@@ -171,12 +206,19 @@ class Activations:
             ratio=ratio,
             policy=policy,
             tokens=tokens,
+            layer=None if machine is None else layer_of(machine, micro_batch),
             memo_fraction=self.memo_fraction,
             recompute_layers=layers,
             keep_first=self.keep_first,
             keep_last=self.keep_last,
             keep_ops=frozenset({torch.ops.hdp.attend.default}),
         )
+
+
+def layer_of(machine: Machine, micro_batch: MicroBatch) -> LayerWork:
+    """What one layer of the model takes on a micro-batch."""
+    shards = micro_batch.shards
+    return machine.layer([shard.length for shard in shards], [len(shard.group) for shard in shards])
 
 
 def needs_store(micro_batch: MicroBatch | None) -> bool:
@@ -190,35 +232,24 @@ def check_policy(policy: str) -> None:
         raise ValueError(f"unknown activation policy {policy!r}: choose one of {PLANNED}, {', '.join(POLICIES)}")
 
 
-def _assume(world: World, made: Activations) -> None:
-    """Into what plans assume: the layers that keep everything; nothing leaves until a bandwidth is measured."""
-    if world.assumptions is not None:
-        kept = {"keep_first": made.keep_first, "keep_last": made.keep_last, "in_flight": 2}
-        cost = replace(world.assumptions.cost, copy_bandwidth=0.0, **kept)  # type: ignore[arg-type]
-        world.tell(replace(world.assumptions, cost=cost))
-
-
-def _measure(world: World, store: OffloadEngine, host_bytes: int | None) -> None:
-    """Bandwidth with all ranks copying, into the store and into what plans assume."""
+def _measure(world: World, store: OffloadEngine, host_bytes: int | None) -> Room:
+    """With all ranks copying; a collective."""
 
     def slowest(seconds: float) -> float:
         found = torch.tensor(seconds, dtype=torch.float64)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=world.control)
         return float(found)
 
-    found = store.measure(barrier=lambda: dist.barrier(group=world.control), slowest=slowest)
-    if world.assumptions is not None:
-        share = _disk_share(world, store)
-        host = _least(world, host_bytes or 0)
-        on_gpu = any(isinstance(tier, HostTier) for tier in store.chain.tiers)
-        cost = replace(
-            world.assumptions.cost,
-            copy_bandwidth=found.least,
-            # Without a limit to host memory (0) there is none to all tiers; without host memory the disk is all there is.
-            host_memory=float(host if on_gpu else share),
-            disk_memory=float(share if on_gpu and host else 0),
-        )
-        world.tell(replace(world.assumptions, cost=cost))
+    copies = store.measure(barrier=lambda: dist.barrier(group=world.control), slowest=slowest)
+    share = _disk_share(world, store)
+    host = _least(world, host_bytes or 0)
+    on_gpu = any(isinstance(tier, HostTier) for tier in store.chain.tiers)
+    return Room(
+        copies=copies,
+        # Without a limit to host memory (0) there is none to all tiers; without host memory the disk is all there is.
+        host_memory=float(host if on_gpu else share),
+        disk_memory=float(share if on_gpu and host else 0),
+    )
 
 
 def _least(world: World, value: int) -> int:

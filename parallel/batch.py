@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from hdp.attention.route import AttentionRuntime, Route, RouteShard
+from hdp.balance.machine import Machine
 from hdp.balance.plan import MicroBatch, Plan
 from hdp.parallel.loss import IGNORE_INDEX
+from hdp.parallel.schedules import chooser_of
 
 Document = Tensor | np.ndarray | list | Mapping[str, Any]
 
@@ -48,6 +50,8 @@ class PlannedBatch:
     """What the summed loss is divided by: label tokens or their summed weights; documents, if each counts alike."""
     reduction: str = "token"
     """``"token"``: every label token counts alike. ``"sample"``: every document does, however long it is."""
+    machine: Machine | None = None
+    """What it was planned for, by which the schedule ``"auto"`` is chosen; None: not known."""
 
     @property
     def tokens(self) -> int:
@@ -234,7 +238,7 @@ def build_inputs(
         position_ids=torch.cat([p[1] for p in parts]).to(device),
         labels=torch.cat([p[2] for p in parts]).to(device),
         weights=torch.cat(token_weights).to(device) if token_weights else None,
-        route=Route(runtime, routes, serial=(batch.step, slot)),
+        route=Route(runtime, routes, (batch.step, slot), None if batch.machine is None else chooser_of(batch.machine)),
         sequences=tuple(shard.sequence for shard in shards),
         documents=tuple(batch.indices[shard.sequence] for shard in shards),
         counts=tuple(sum(stop - start for start, stop in shard.ranges) for shard in shards),

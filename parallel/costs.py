@@ -1,18 +1,21 @@
-"""What plans assume about this model on these ranks when nothing was measured and the user said nothing.
+"""The machine as it is assumed where nothing is measured.
 
 From the model's config or its modules (``hdp.parallel.shapes``), the dtype that it computes in, and a table of known devices
-(``hdp.balance.devices``); the same on every rank. ``hdp profile`` measures instead.
+(``hdp.balance.devices``); the same on every rank.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from hdp.balance import CostModel, Topology
+from hdp.balance import CostModel
 from hdp.balance.devices import DEVICES, Device, recognise
+from hdp.balance.host import HostCosts
+from hdp.balance.machine import Machine
 from hdp.parallel.shapes import see_shape
 
 LAYER_OVERHEAD = {"cpu": 1.5e-3, "cuda": 1e-4}
@@ -29,28 +32,8 @@ CALL_SECONDS = {"cpu": 7e-5}
 message and 150 us a call were fitted to measured steps (``benchmarks/attention.py``, gloo, AMD EPYC, 2026-11-25)."""
 HOST_SECONDS = 1e-5
 """The same on the host of a GPU, an estimate."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assumptions:
-    """What a planner is told about the model and the ranks."""
-
-    cost: CostModel
-    topology: Topology
-    flops: float
-    """Operations a second that one rank attains in the model's dtype."""
-    device: str
-    """Name in the table of devices."""
-    byte_seconds: float = 0.0
-    """What a byte sent or received takes from computation."""
-    message_seconds: float = HOST_SECONDS
-    """Seconds on the host of each message sent or received, whatever its size."""
-    call_seconds: float = HOST_SECONDS
-    """Seconds on the host of each kernel call, whatever its work."""
-    model: str = ""
-    """The model's shape in words, and what of it is a guess."""
-    has_config: bool = True
-    """Whether a config told the shape; otherwise the modules did."""
+ROUND_SECONDS = 3e-5
+"""What a step of a program takes the host beyond its messages and calls, an estimate."""
 
 
 class NotKnown(ValueError):
@@ -58,13 +41,9 @@ class NotKnown(ValueError):
 
 
 def assume(
-    model: nn.Module,
-    device: torch.device,
-    world_size: int,
-    dtype: torch.dtype,
-    ranks_per_node: int | None = None,
-) -> Assumptions:
-    """What is known of a model on a device. ``ranks_per_node`` None: all share one.
+    model: nn.Module, device: torch.device, world_size: int, dtype: torch.dtype, nodes: Sequence[int] = ()
+) -> Machine:
+    """What is known of a model on a device. ``nodes``: ranks of each; empty: all share one.
 
     Raises :class:`NotKnown` for a device that is not in the table, and for a model of which neither a config nor its modules
     tell a shape.
@@ -75,7 +54,7 @@ def assume(
     if seen is None:
         raise NotKnown(
             f"{type(model).__name__} has no config that tells its shape, and neither layers with weights nor an output head are"
-            " to be seen: give hdp.Loader(cost=CostModel(...)), or measure with hdp profile"
+            " to be seen: give hdp.Loader(machine=Machine(cost=CostModel(...), ...))"
         )
     # The table's peak is that of 16-bit kernels; fp32 runs at about half on a CPU, through tf32 on GPUs.
     flops = known.attained / (dtype.itemsize / 2)
@@ -87,18 +66,24 @@ def assume(
         copy_bandwidth=known.copy_bandwidth,
         world_size=world_size,
     )
-    return Assumptions(
-        cost=replace(cost, constant=LAYER_OVERHEAD.get(device.type, 0.0)),
-        topology=Topology(
-            world_size=world_size, ranks_per_node=ranks_per_node or world_size, intra=known.intra, inter=known.inter
-        ),
-        flops=flops,
-        device=name,
-        byte_seconds=BYTE_SECONDS.get(device.type, 0.0),
-        message_seconds=MESSAGE_SECONDS.get(device.type, HOST_SECONDS),
-        call_seconds=CALL_SECONDS.get(device.type, HOST_SECONDS),
+    return Machine(
+        source="assumed",
         model=str(seen),
-        has_config=seen.has_config,
+        device=name,
+        nodes=tuple(nodes) or (world_size,),
+        cost=replace(cost, constant=LAYER_OVERHEAD.get(device.type, 0.0)),
+        flops=flops,
+        intra=known.intra,
+        inter=known.inter,
+        host=HostCosts(
+            message_byte=BYTE_SECONDS.get(device.type, 0.0),
+            message_seconds=MESSAGE_SECONDS.get(device.type, HOST_SECONDS),
+            piece_seconds=CALL_SECONDS.get(device.type, HOST_SECONDS),
+            round_seconds=ROUND_SECONDS,
+        ),
+        parameters=max(int(seen.shape.parameters), 1),
+        element_bytes=dtype.itemsize,
+        shape=seen.shape,
     )
 
 
@@ -110,8 +95,8 @@ def device_name(device: torch.device) -> str:
     found = recognise(name)
     if found is None:
         raise NotKnown(
-            f"the device {name!r} is not in the table, so its speed and its links are not known: measure them (hdp profile"
-            " --out profile.json) and give hdp.Loader(cost=profile.cost, topology=profile.topology()), or add it to"
-            " hdp.balance.devices.DEVICES before the engine is made"
+            f"the device {name!r} is not in the table, so its speed and its links are not known: measure them"
+            ' (hdp.Loader(machine="measure")), give a file of hdp profile (machine="machine.json"), or add it to'
+            " hdp.balance.devices.DEVICES before the loader is made"
         )
     return found

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hdp.attention.checkpoint import keep_attention_in
+from hdp.balance.machine import Machine
 from hdp.balance.plan import Plan
 from hdp.parallel.activations import Activations, needs_store
 from hdp.parallel.arrangement import Arrangement, Work, arrange, works
@@ -38,7 +39,6 @@ from hdp.parallel.models import (
 )
 from hdp.parallel.order import CallOrder
 from hdp.parallel.rotations import find_long_rotations, rotated_by_document
-from hdp.parallel.schedules import assume_for, set_chooser, take_assumptions
 from hdp.parallel.world import World
 
 logger = logging.getLogger("hdp")
@@ -72,9 +72,12 @@ class Engine:
         """Whether documents beyond what the model computes positions for are still to be warned of."""
         self.activations: Activations | None = None
         """What becomes of saved activations; None keeps them all."""
-        computed = dtype or compute_dtype(model)
-        take_assumptions(world, assume_for(model, world, computed))
-        set_chooser(world)
+        self.dtype = dtype or compute_dtype(model)
+        """What it computes in."""
+        self.machine: Machine | None = None
+        """What its loaders plan for, where they are given no machine of their own; None: found when a loader needs it."""
+        self.is_assumed = False
+        """Whether it has been said what is assumed of the model."""
         world.channel.notes_waits = True
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
@@ -139,15 +142,7 @@ class Engine:
         if capacity > 0:  # what is not is for the loader to refuse
             capacity = max(capacity, -(-int(documents.lengths.max()) // self.world.world_size))
         tokens_per_step = tokens_per_step or 4 * capacity * self.world.world_size
-        loader = Loader(
-            documents,
-            self.world,
-            tokens_per_step=tokens_per_step,
-            capacity=capacity,
-            planner=planner,
-            seed=None,
-            regime=self.regime,
-        )
+        loader = Loader(documents, self, tokens_per_step=tokens_per_step, capacity=capacity, planner=planner, seed=None)
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         total, weight = 0.0, 0.0
@@ -229,7 +224,7 @@ class Engine:
             order.add(inputs.route)
             start = time.perf_counter()
             self._before(work)
-            with self._activations_of(work, len(inputs.labels)):
+            with self._activations_of(work, len(inputs.labels), batch.machine):
                 world.guard.enter(f"step {batch.step}, slot {slot}, forward")
                 loss = self._loss(inputs)
                 world.guard.enter(f"step {batch.step}, slot {slot}, backward")
@@ -246,9 +241,9 @@ class Engine:
         self._accept()
         return result
 
-    def _activations_of(self, work: Work, tokens: int) -> AbstractContextManager[object]:
+    def _activations_of(self, work: Work, tokens: int, machine: Machine | None) -> AbstractContextManager[object]:
         if self.activations is not None:
-            return self.activations.around(self.model, work.micro_batch, tokens)
+            return self.activations.around(self.model, work.micro_batch, tokens, machine)
         if needs_store(work.micro_batch):
             raise ValueError(
                 "the plan offloads or recomputes activations but the engine does not know where to: set"
@@ -358,17 +353,17 @@ class Engine:
         if not isinstance(batch, PlannedBatch):
             raise ValueError(
                 f"forward_backward takes a batch of hdp.Loader, not {type(batch).__name__}: iterate over"
-                " hdp.Loader(documents, world, ...) in place of a DataLoader"
+                " hdp.Loader(documents, engine, ...) in place of a DataLoader"
             )
         if batch.plan.world_size != self.world.world_size:
             raise ValueError(
                 f"the batch was planned for {batch.plan.world_size} ranks, the world has {self.world.world_size}: make the"
-                " loader with this world"
+                " loader with this engine"
             )
         if batch.plan.regime != self.regime:
             raise ValueError(
-                f"the batch was planned for regime {batch.plan.regime!r}; this engine runs {self.regime!r}: plan with"
-                " hdp.Loader(..., regime=engine.regime)"
+                f"the batch was planned for regime {batch.plan.regime!r}; this engine runs {self.regime!r}: make"
+                " the loader with this engine"
             )
 
 

@@ -11,38 +11,64 @@ import hashlib
 import inspect
 import logging
 import re
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.distributed as dist
 
 from hdp.balance import Topology, evaluate, make_plan
 from hdp.balance.cost import default_cost
+from hdp.balance.machine import Machine
 from hdp.balance.plan import Plan, PlanError
 from hdp.balance.planners import STOPPED_BY_TIME
 from hdp.balance.report import describe_price
-from hdp.parallel.batch import REDUCTIONS, Documents, Fields, PlannedBatch, read_document
-from hdp.parallel.costs import device_name
+from hdp.parallel.agreement import agree
+from hdp.parallel.batch import REDUCTIONS, Documents, PlannedBatch, read_document
 from hdp.parallel.errors import PlanMismatch
-from hdp.parallel.loss import IGNORE_INDEX
+from hdp.parallel.machine import find_machine
 from hdp.parallel.metrics import gather_numbers
-from hdp.parallel.world import World
+from hdp.parallel.schedules import check_chooser
+
+if TYPE_CHECKING:
+    from hdp.parallel.engine import Engine
 
 Planner = Callable[..., Plan]
 
 logger = logging.getLogger("hdp")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What one loop over a loader plans by, from its beginning to its end."""
+
+    machine: Machine | None
+    options: dict[str, Any]
+    """Of the planner."""
+    run: str
+    """Hash of what decides which batches are drawn."""
+
+    chooser: str = ""
+    """Of the schedule "auto", where the user set one of their own."""
+
+    @property
+    def machine_number(self) -> int:
+        """48 bits that tell what programs are chosen by from others."""
+        digest = "" if self.machine is None else self.machine.digest
+        return int(hashlib.sha256((digest + self.chooser).encode()).hexdigest()[:12], 16)
+
+
 class Loader:
     """Yields :class:`PlannedBatch` es of about ``tokens_per_step`` tokens, reshuffled every epoch.
 
-    A loop over it keeps to the cost model and the topology that it begins with: an engine made meanwhile, or activations
-    opened, count for loops that begin later.
+    A loop over it keeps to the machine that it begins with: another one given to the engine meanwhile, or activations opened,
+    count for loops that begin later.
 
     Args:
+        engine: that will run the batches; its world, regime, machine and activations are what they are planned for.
         documents: see :class:`Documents`. Without an attribute ``lengths`` every document is read once to measure it.
         tokens_per_step: tokens of a global batch. A document that would exceed it begins the next batch; one that is longer
             alone makes a batch of its own.
@@ -54,12 +80,13 @@ class Loader:
             alike, whatever its number of label tokens.
         start: batches of the same run to skip, for resuming.
         ahead: batches planned in advance, in the background.
-        plan_options: handed to the planner: ``regime``, ``offload``, ``recompute``, and ``cost`` and ``topology``, each
-            of which otherwise is what the engine assumed from its model and device (``world.assumptions``).
+        machine: what to plan for in place of the engine's: a :class:`~hdp.balance.machine.Machine`, a file of one
+            (``hdp profile --out``), or ``"assume"``, from model and device.
+        plan_options: handed to the planner: ``offload`` and ``recompute``.
 
     Raises:
-        ValueError: no documents, a stream of them, no positive token count or capacity, an unknown option, no ``cost`` or
-            ``topology`` for a device of which nothing is known.
+        ValueError: no documents, a stream of them, no positive token count or capacity, an unknown option, no machine of a
+            device of which nothing is known.
         hdp.balance.PlanError: a batch that cannot be planned (a document longer than world x capacity, an unknown planner).
         PlanMismatch: ranks that see different documents or made different plans.
     """
@@ -67,7 +94,7 @@ class Loader:
     def __init__(
         self,
         documents: Documents,
-        world: World,
+        engine: Engine,
         *,
         tokens_per_step: int,
         capacity: int,
@@ -77,8 +104,10 @@ class Loader:
         reduction: str = "token",
         start: int = 0,
         ahead: int = 2,
+        machine: Machine | str | Path | None = None,
         **plan_options: Any,
     ) -> None:
+        check_engine(engine)
         check_sequence(documents)
         capacity = whole_number("capacity", capacity)
         tokens_per_step = whole_number("tokens_per_step", tokens_per_step)
@@ -90,36 +119,40 @@ class Loader:
             raise ValueError(f"steps is {steps} and start is {start}: there must be a step to run, 0 <= start < steps")
         if reduction not in REDUCTIONS:
             raise ValueError(f"unknown reduction {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
-        self.documents, self.world, self.reduction = documents, world, reduction
+        self.documents, self.engine, self.world, self.reduction = documents, engine, engine.world, reduction
         self.tokens_per_step, self.capacity, self.planner, self.seed = tokens_per_step, capacity, planner, seed
         self.steps, self.start, self.ahead, self.plan_options = steps, start, max(ahead, 1), plan_options
         self.lengths = document_lengths(documents)
         if int(self.lengths.sum()) == 0:
             raise ValueError(f"all {len(documents)} documents are empty: there is nothing to train on")
-        if isinstance(planner, str):
-            check_plan_options(plan_options)
-            # An unknown planner, or a document that fits nowhere, ends here and not hours later.
-            longest = int(self.lengths.argmax())
-            self._make((longest,), make_plan, self._options(), planner=planner)
         # Ranks whose first batches agree could still part later, one waiting for a batch that the other never draws.
         run = hashlib.sha256(np.ascontiguousarray(self.lengths, dtype="<i8").tobytes())
         name = planner if isinstance(planner, str) else "a function"
         run.update(repr((tokens_per_step, capacity, seed, steps, start, name)).encode())
         self._run = run.hexdigest()
+        if isinstance(planner, str):
+            check_plan_options(plan_options)
+        self.machine = find_machine(engine, machine) if machine is not None else None
+        """What it was given to plan for; None: the engine's."""
+        known = self._known()
+        check_chooser(self.world, known.machine)
+        if isinstance(planner, str):
+            # An unknown planner, or a document that fits nowhere, ends here and not hours later.
+            longest = int(self.lengths.argmax())
+            self._make((longest,), make_plan, known.options, planner=planner)
         self._told = self._has_warned = False
         self._prices: dict[tuple[int, ...], list[str]] = {}
 
     def __iter__(self) -> Iterator[PlannedBatch]:
         return self._batches(self._begin())
 
-    def _batches(self, options: dict[str, Any]) -> Iterator[PlannedBatch]:
-        """All plans by ``options``.
+    def _batches(self, known: Known) -> Iterator[PlannedBatch]:
+        """All plans by what is ``known``.
 
-        [Note: one value] Planners run ahead, on one rank further than on another, and what is assumed may change meanwhile (a
-        second engine, activations opened): it is read once, when a loop begins, where all ranks are at one place of their
-        program.
+        [Note: one value] Planners run ahead, on one rank further than on another, and the engine may be given another machine
+        meanwhile, or activations: both are read once, when a loop begins, where all ranks are at one place of their program.
         """
-        self._compare_run()
+        self._compare_run(known)
         draws = enumerate(self._draw())
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hdp-plan") as pool:
             queue: list[tuple[int, tuple[int, ...], Future[Plan] | None]] = []
@@ -130,23 +163,29 @@ class Loader:
                         break
                     if step >= self.start:
                         told = self._planned_by_one and dist.get_rank() != 0
-                        queue.append((step, indices, None if told else pool.submit(self._plan, indices, options)))
+                        queue.append((step, indices, None if told else pool.submit(self._plan, indices, known)))
                 if not queue:
                     return
                 step, indices, plan = queue.pop(0)
                 made = self._from_first(step, plan) if self._planned_by_one else plan.result()  # type: ignore[union-attr]
-                yield self._agree(step, indices, made)
+                yield self._agree(step, indices, made, known)
 
-    def _compare_run(self) -> None:
-        """Before anything is planned together: ranks with other documents or settings would wait for different things."""
+    def _compare_run(self, known: Known) -> None:
+        """Before anything is planned together: ranks with other documents, settings or machines would wait for different
+        things."""
         with self.world.guard.watch(f"before step {self.start}"):
-            mine = int(self._run[:12], 16)
-            different = (gather_numbers(self.world, mine)[:, 0] != mine).nonzero().flatten().tolist()
-        if different:
-            raise PlanMismatch(
-                f"rank {self.world.rank}, step {self.start}: ranks {different} planned another batch than this rank;"
-                " check that all ranks read the same documents, in the same order, with the same settings"
-            )
+            rows = gather_numbers(self.world, int(known.run[:12], 16), known.machine_number)
+        mine = rows[self.world.rank].tolist()
+        for column, what in enumerate(
+            ("planned another batch than this rank", "plan for another machine than this rank")
+        ):
+            different = (rows[:, column] != mine[column]).nonzero().flatten().tolist()
+            if different:
+                cure = (
+                    "check that all ranks read the same documents, in the same order, with the same settings",
+                    "give hdp.Loader(machine=...) alike on all ranks",
+                )[column]
+                raise PlanMismatch(f"rank {self.world.rank}, step {self.start}: ranks {different} {what}; {cure}")
 
     @property
     def _planned_by_one(self) -> bool:
@@ -170,12 +209,12 @@ class Loader:
         """The same batches without any communication: documents' indices and plan."""
         return self._plans(self._begin())
 
-    def _plans(self, options: dict[str, Any]) -> Iterator[tuple[tuple[int, ...], Plan]]:
+    def _plans(self, known: Known) -> Iterator[tuple[tuple[int, ...], Plan]]:
         for step, indices in enumerate(self._draw()):
             if self.steps is not None and step >= self.steps:
                 return
             if step >= self.start:
-                plan = self._plan(indices, options)
+                plan = self._plan(indices, known)
                 self._prices.pop(indices, None)
                 yield indices, plan
 
@@ -200,11 +239,11 @@ class Loader:
                 return
             epoch += 1
 
-    def _plan(self, indices: tuple[int, ...], options: dict[str, Any]) -> Plan:
+    def _plan(self, indices: tuple[int, ...], known: Known) -> Plan:
         if not isinstance(self.planner, str):
-            return self._make(indices, self.planner, self.plan_options)
-        plan = self._make(indices, make_plan, options, planner=self.planner)
-        self._note_price(indices, plan, options)
+            return self._make(indices, self.planner, known.options)
+        plan = self._make(indices, make_plan, known.options, planner=self.planner)
+        self._note_price(indices, plan, known.options)
         return plan
 
     def _make(self, indices: tuple[int, ...], make: Planner, options: dict[str, Any], **planner: str) -> Plan:
@@ -218,43 +257,36 @@ class Loader:
             plan.validate()
         return plan
 
-    def _options(self) -> dict[str, Any]:
-        """The user's, and for what the user left out what is assumed now; see [Note: one value]."""
-        options, known = dict(self.plan_options), self.world.assumptions
-        missing = [name for name in ("cost", "topology") if options.get(name) is None]
-        if not missing or not isinstance(self.planner, str):
-            return options
-        if known is None:
-            device_name(self.world.device)  # for one that nobody knows there are no defaults
-        else:
-            options |= {name: getattr(known, name) for name in missing}
-        return options
+    def _known(self) -> Known:
+        """What is known now; see [Note: one value]."""
+        machine = self.machine or find_machine(self.engine, None)
+        options = {**self.plan_options, "regime": self.engine.regime}
+        if machine is not None:
+            if self.engine.activations is not None:
+                machine = self.engine.activations.known_to(machine)
+            options |= {"cost": machine.cost, "topology": machine.topology()}
+        chooser = self.world.runtime.chooser
+        return Known(machine=machine, options=options, run=self._run, chooser=repr(chooser) if chooser else "")
 
-    def _begin(self) -> dict[str, Any]:
-        """The options of a loop that begins; what nobody has said is said by rank 0, once."""
-        options = self._options()
-        defaults = {
-            "cost": "a 7B model at 400 TFLOP/s",
-            "topology": "eight ranks a node, 400 GB/s inside and 50 GB/s across",
-        }
-        missing = [name for name in defaults if options.get(name) is None]
-        if missing and isinstance(self.planner, str) and self.world.rank == 0 and not self._has_warned:
+    def _begin(self) -> Known:
+        """What a loop that begins plans by; where nothing is known of the machine rank 0 says so, once."""
+        known = self._known()
+        tells = self.world.rank == 0 and not self._has_warned
+        if known.machine is None and isinstance(self.planner, str) and tells:
             logger.warning(
-                "nothing is known of the model and its ranks: batches are planned as for %s; make the engine before the loop"
-                " over the loader begins, or give %s",
-                ", ".join(defaults[name] for name in missing),
-                " and ".join(f"{name}=" for name in missing),
+                "nothing is known of the model and its ranks: batches are planned as for a 7B model at 400 TFLOP/s, eight ranks"
+                " a node, 400 GB/s inside and 50 GB/s across; give hdp.Loader(machine=...)"
             )
             self._has_warned = True
-        return options
+        return known
 
-    def _agree(self, step: int, indices: tuple[int, ...], plan: Plan) -> PlannedBatch:
-        batch = agree(self.world, step, self.documents, indices, plan, self.reduction, self._run)
+    def _agree(self, step: int, indices: tuple[int, ...], plan: Plan, known: Known) -> PlannedBatch:
+        batch = agree(self.world, step, self.documents, indices, plan, self.reduction, known.run)
         if lines := self._prices.pop(indices, None):
             level = logging.INFO if self._told else logging.WARNING
             logger.log(level, "step %d: %s", step, "; ".join(line.strip() for line in lines))
             self._told = True
-        return batch
+        return replace(batch, machine=known.machine)
 
     def _note_price(self, indices: tuple[int, ...], plan: Plan, options: dict[str, Any]) -> None:
         """What fits only at a price, and at which: told by rank 0 when the batch is handed out, as a warning the first time."""
@@ -264,106 +296,6 @@ class Loader:
         cost = options.get("cost") or default_cost()
         topology = options.get("topology") or Topology(world_size=plan.world_size)
         self._prices[indices] = describe_price(plan, evaluate(plan, cost, topology), cost, topology, names=indices)
-
-
-def agree(
-    world: World,
-    step: int,
-    documents: Documents,
-    indices: tuple[int, ...],
-    plan: Plan,
-    reduction: str = "token",
-    run: str = "",
-) -> PlannedBatch:
-    """Compares plan and shared documents between ranks, and counts labels: each rank those of the documents that it leads.
-
-    Args:
-        run: whatever else must be equal on all ranks, hashed.
-
-    Raises:
-        PlanMismatch: names the ranks whose plan or documents differ from this rank's.
-        PeerError: a rank failed meanwhile; named.
-    """
-    with world.guard.watch(f"before step {step}"):
-        labels, weight, prints = 0, 0.0, dict[int, int]()
-        for sequence in plan.sequences_of(world.rank).tolist():
-            group = plan.group(sequence)
-            if group[0] == world.rank or len(group) > 1:
-                fields = read_document(documents, indices[sequence], reduction)
-                if len(group) > 1:
-                    prints[sequence] = _fingerprint(fields)
-                if group[0] == world.rank:
-                    labels += int((fields.labels != IGNORE_INDEX).sum())
-                    weight += _loss_weight(fields, reduction)
-        digest = hashlib.sha256(f"{step}:{indices}:{plan.digest}:{reduction}:{run}".encode()).digest()
-        mine = [int.from_bytes(digest[:6], "little"), _balance(prints, plan, world.rank), labels, weight]
-        table = gather_numbers(world, *mine)
-        different = (table[:, 0] != mine[0]).nonzero().flatten().tolist()
-        if different:
-            raise PlanMismatch(
-                f"rank {world.rank}, step {step}: ranks {different} planned another batch than this rank;"
-                " check that all ranks read the same documents, in the same order, with the same settings"
-            )
-        if sum(int(share) for share in table[:, 1].tolist()) % _MODULUS:
-            raise PlanMismatch(_name_different(world, step, indices, plan, prints))
-    return PlannedBatch(
-        step=step,
-        plan=plan,
-        documents=documents,
-        indices=indices,
-        label_tokens=int(table[:, 2].sum()),
-        loss_weight=float(table[:, 3].sum()),
-        reduction=reduction,
-    )
-
-
-_MODULUS = 1 << 48  # sums of ranks' shares stay exact in float64
-
-
-def _fingerprint(fields: Fields) -> int:
-    """32 bits that tell a document's tokens, labels and weights from others."""
-    tensors = (fields.input_ids, fields.labels, *(() if fields.weights is None else (fields.weights,)))
-    value = 0
-    for tensor in tensors:
-        value = zlib.crc32(tensor.contiguous().numpy().tobytes(), value)
-    return value
-
-
-def _balance(prints: dict[int, int], plan: Plan, rank: int) -> int:
-    """This rank's share of a sum that is 0 if all sharers of every sequence hold the same document.
-
-    A sequence's leader puts in its fingerprint once for each other sharer, who each take theirs out again, so one number a
-    rank compares any number of documents.
-    """
-    share = 0
-    for sequence, value in prints.items():
-        group = plan.group(sequence)
-        factor = len(group) - 1 if group[0] == rank else -1
-        share += factor * zlib.crc32(value.to_bytes(4, "little"), sequence & 0xFFFFFFFF)
-    return share % _MODULUS
-
-
-def _name_different(world: World, step: int, indices: tuple[int, ...], plan: Plan, prints: dict[int, int]) -> str:
-    """Which ranks hold another document than its leader; a collective."""
-    rows: list[dict[int, int]] = [{} for _ in range(world.world_size)]
-    dist.all_gather_object(rows, prints, group=world.control)
-    found = [
-        f"document {indices[sequence]} on rank {rank} differs from rank {plan.group(sequence)[0]}'s"
-        for rank, row in enumerate(rows)
-        for sequence, value in row.items()
-        if value != rows[plan.group(sequence)[0]][sequence]
-    ]
-    shown = "; ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-    return f"rank {world.rank}, step {step}: {shown}; check that all ranks read the same documents"
-
-
-def _loss_weight(fields: Fields, reduction: str) -> float:
-    """What one document adds to the divisor of the loss."""
-    valid = fields.labels != IGNORE_INDEX
-    if fields.weights is None:
-        return float(valid.sum())
-    weight = float((fields.weights * valid).sum())
-    return float(weight > 0) if reduction == "sample" else weight
 
 
 def document_lengths(documents: Documents) -> np.ndarray:
@@ -418,11 +350,26 @@ def whole_number(name: str, value: Any) -> int:
     raise ValueError(f"{name} is {value!r}: give a whole number of tokens")
 
 
+def check_engine(engine: Any) -> None:
+    """Raises ValueError for what is no engine, such as the world, which loaders took before."""
+    if not hasattr(engine, "regime") or not hasattr(engine, "world"):
+        raise ValueError(
+            f"hdp.Loader takes the engine that will run its batches, not {type(engine).__name__}: make it with hdp.shard, then"
+            " hdp.Loader(documents, engine, ...)"
+        )
+
+
 def check_plan_options(options: dict[str, Any]) -> None:
     """Raises ValueError for an option that neither the loader nor a planner knows."""
     own = {"lengths", "world_size", "capacity", "planner", "seed"}  # the loader's to say
-    known = [name for name in inspect.signature(make_plan).parameters if name not in own]
+    engines = {"regime": "is the engine's", "cost": "is part of the machine", "topology": "is part of the machine"}
+    known = [name for name in inspect.signature(make_plan).parameters if name not in own | engines.keys()]
     for name in options:
+        if name in engines:
+            raise ValueError(
+                f"{name!r} {engines[name]}: hdp.Loader takes it from its engine; give machine=dataclasses.replace(...) to plan"
+                " for another"
+            )
         if name not in known:
             raise ValueError(
                 f"unknown option {name!r} of hdp.Loader: plans take {', '.join(known)}; the size of a batch is tokens_per_step"

@@ -1,32 +1,32 @@
-"""Measures a model on this machine: what a planner's cost model is fitted to.
+"""Measures a model on this machine at leisure, as ``hdp profile`` does: the whole model, and what sharding takes.
 
 Every rank runs micro-batches of one length on its own, all ranks at once, so that what they share (memory bandwidth, power,
-cores) is shared as in training; then messages go round rings inside nodes and across them. What many short sequences cost
-the host is measured in ``profile_host``, what sharding costs it in ``profile_sharding``.
+cores) is shared as in training. Links are measured in ``measure_links``, what many short sequences cost the host in
+``profile_host``, what sharding costs it in ``profile_sharding``. A job measures less, in less time (``measure``).
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from hdp.balance.cost import CostModel, recompute_bytes
-from hdp.balance.measured import Profile, Sample, fit, predicted
+from hdp.balance.machine import Machine
+from hdp.balance.measured import Sample, fit, predicted
 from hdp.balance.models import ModelShape, model_shape
-from hdp.balance.topology import Link
 from hdp.parallel.batch import MicroBatchInputs
 from hdp.parallel.engine import Engine
 from hdp.parallel.loss import loss_sum
-from hdp.parallel.profile_clock import Quota, host_clock, measure_quota
+from hdp.parallel.measure import compute_clock, device_words
+from hdp.parallel.measure_links import measure_links
+from hdp.parallel.profile_clock import host_clock, measure_quota
+from hdp.parallel.profile_collectives import collective_rates, measure_overlap
 from hdp.parallel.profile_host import Clock, host_costs, micro_batch
 from hdp.parallel.profile_sharding import root_share, sharding_seconds, spread
 from hdp.parallel.world import World
@@ -34,9 +34,6 @@ from hdp.parallel.world import World
 REPEATS = 3
 RUNS = 5
 """Of each length, after a first one; the median counts."""
-MESSAGES = (1 << 16, 1 << 20, 1 << 22)
-"""Bytes of the messages that links are measured with."""
-PIECE = 1 << 20  # larger messages travel in pieces, as in training
 BUDGET = 60.0
 LEAST_LENGTHS = 4
 """Lengths that are measured even if they take longer than the budget: three terms are fitted."""
@@ -46,7 +43,7 @@ GROWTH = 3.0
 
 def profile(
     model: nn.Module, world: World, *, lengths: Sequence[int] = (), budget: float = BUDGET, name: str = ""
-) -> Profile:
+) -> Machine:
     """Measures ``model`` (as for ``hdp.shard``, not wrapped: it stays so) and the links between the ranks of ``world``.
 
     Args:
@@ -57,35 +54,36 @@ def profile(
     engine = Engine(model, world)
     shape = model_shape(model.config)
     quota = measure_quota(world, torch.get_num_threads())
-    clock = _compute_clock(world.device, quota)
+    clock = compute_clock(world.device, quota)
     head = _head_seconds(engine, shape, world, clock)
     host = host_costs(world, shape, next(model.parameters()).dtype, quota)
     samples = _measure(engine, shape, world, clock, tuple(lengths), budget)
     kept = _kept_bytes(engine, shape, world, min(s.length for s in samples))
     cost = cost_model(shape, samples, head, kept, _element(model), host.piece_seconds)
     fitted = tuple(replace(s, fitted=predicted(cost, s.length, s.documents, host.piece_seconds)) for s in samples)
-    local = min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), world.world_size)
-    intra, inter = _links(world, local)
-    gather, reduce, gather_byte, reduce_byte = _collectives(world, host_clock(world.device, quota))
+    links = measure_links(world, host_clock(world.device, quota))
+    gather, reduce, gather_byte, reduce_byte = collective_rates(world, host_clock(world.device, quota))
     share = quota.share(torch.get_num_threads())
     host = replace(
         host,
+        message_byte=links.message_byte,
         gather_byte=gather_byte,
         reduce_byte=reduce_byte,
         quota_period=quota.period if share < 1.0 else 0.0,
         quota_share=share,
     )
-    made = Profile(
+    made = Machine(
         model=name or shape.name,
-        device=_device_name(world.device),
-        world_size=world.world_size,
-        ranks_per_node=local,
+        device=device_words(world.device),
+        nodes=world.nodes,
         cost=cost,
+        flops=attention_flops(shape, cost),
         samples=fitted,
-        intra=intra,
-        inter=inter,
+        intra=links.intra,
+        inter=links.inter,
+        link_kind=links.kind,
         parameters=sum(p.numel() for p in model.parameters()),
-        overlap=_overlap(world),
+        overlap=measure_overlap(world),
         gather_bandwidth=gather,
         reduce_bandwidth=reduce,
         host=host,
@@ -129,14 +127,16 @@ def cost_model(
     )
 
 
+def attention_flops(shape: ModelShape, cost: CostModel) -> float:
+    """Operations a second that attention attains: 4 x width for each of the s^2 / 2 pairs of a causal document. Where no
+    quadratic time was found, as fast as the linear layers."""
+    if cost.quadratic:
+        return 2.0 * shape.heads * shape.head_dim / cost.quadratic
+    return 2.0 * shape.layer_weights / cost.linear
+
+
 def _element(model: nn.Module) -> int:
     return next(model.parameters()).element_size()
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads a rank"
 
 
 # ---------------------------------------------------------------- the model
@@ -146,23 +146,6 @@ def _inputs(world: World, vocabulary: int, length: int, documents: int) -> Micro
     generator = torch.Generator().manual_seed(length)
     texts = [torch.randint(0, vocabulary, (length,), generator=generator) for _ in range(documents)]
     return micro_batch(world, texts, [(world.rank,)] * documents)()
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _compute_clock(device: torch.device, quota: Quota) -> Clock:
-    """Under a quota that of the host, which counts what computing takes in the long run; else time on the wall."""
-    if quota.share(torch.get_num_threads()) < 1.0:
-        return host_clock(device, quota)
-
-    def wall() -> float:
-        _synchronize(device)
-        return time.perf_counter()
-
-    return wall
 
 
 def _run(engine: Engine, inputs: MicroBatchInputs, clock: Clock) -> tuple[float, float]:
@@ -249,110 +232,3 @@ def _kept_bytes(engine: Engine, shape: ModelShape, world: World, length: int) ->
     loss.backward()
     engine.model.zero_grad(set_to_none=True)
     return sum(kept.values()) / shape.layers / length
-
-
-# ---------------------------------------------------------------- links
-
-
-def _links(world: World, local: int) -> tuple[Link | None, Link | None]:
-    """Within a node and across nodes: all ranks send to the next one of the ring at once."""
-    if world.world_size == 1:
-        return None, None
-    rank, size = world.rank, world.world_size
-    intra = inter = None
-    if local > 1:
-        first = rank // local * local
-        count = min(local, size - first)
-        peers = (first + (rank - first + 1) % count, first + (rank - first - 1) % count)
-        intra = _link(world, peers if count > 1 else None)
-    if local < size:
-        inter = _link(world, ((rank + local) % size, (rank - local) % size))
-    return intra, inter
-
-
-def _link(world: World, peers: tuple[int, int] | None) -> Link:
-    """Fits seconds = latency + bytes / bandwidth to the mean over ranks."""
-    seconds = []
-    for size in MESSAGES:
-        times = [_exchange(world, peers, size) for _ in range(REPEATS + 1)]
-        seconds += _together(world, [statistics.median(times[1:])])
-    bandwidth = (MESSAGES[-1] - MESSAGES[0]) / max(seconds[-1] - seconds[0], 1e-9)
-    return Link(bandwidth=bandwidth, latency=max(seconds[0] - MESSAGES[0] / bandwidth, 0.0))
-
-
-def _exchange(
-    world: World, peers: tuple[int, int] | None, size: int, meanwhile: Callable[[], object] | None = None
-) -> float:
-    outgoing = torch.zeros(size, dtype=torch.uint8, device=world.device)
-    incoming = torch.empty_like(outgoing)
-    dist.barrier(group=world.control)
-    start = time.perf_counter()
-    if peers is not None:
-        lane: Any = world.channel.lanes[0]
-        operations = [dist.P2POp(dist.irecv, part, peers[1], group=lane) for part in incoming.split(PIECE)]
-        operations += [dist.P2POp(dist.isend, part, peers[0], group=lane) for part in outgoing.split(PIECE)]
-        works = dist.batch_isend_irecv(operations)
-        if meanwhile is not None:
-            meanwhile()
-        for work in works:
-            work.wait()
-        _synchronize(world.device)
-    return time.perf_counter() - start
-
-
-def _overlap(world: World, size: int = 1 << 20) -> float:
-    """How much of the shorter hides when a message and matrix products of about equal time run at once."""
-    if world.world_size == 1:
-        return 1.0
-    peers = ((world.rank + 1) % world.world_size, (world.rank - 1) % world.world_size)
-    alone = statistics.median(_exchange(world, peers, size) for _ in range(REPEATS + 1))
-    matrix = torch.randn(256, 256, device=world.device)
-
-    def compute(times: int) -> float:
-        _synchronize(world.device)
-        start = time.perf_counter()
-        for _ in range(times):
-            torch.mm(matrix, matrix)
-        _synchronize(world.device)
-        return time.perf_counter() - start
-
-    compute(8)
-    times = max(int(64 * alone / compute(64)), 1)
-    computing = statistics.median(compute(times) for _ in range(REPEATS))
-    both = statistics.median(_exchange(world, peers, size, lambda: compute(times)) for _ in range(2 * REPEATS))
-    alone, computing, both = _together(world, [alone, computing, both])
-    return min(max((alone + computing - both) / min(alone, computing), 0.0), 1.0)
-
-
-def _collectives(world: World, clock: Clock) -> tuple[float, float, float, float]:
-    """Bytes per second of an all-gather and of a reduce-scatter, the ways of sharded training; seconds of the host a byte.
-
-    A GPU's collectives take nothing from what is computed beside them.
-    """
-    if world.world_size == 1:
-        return 0.0, 0.0, 0.0, 0.0
-    count = (1 << 18) // world.world_size * world.world_size
-    whole = torch.zeros(count, device=world.device)
-    part = torch.zeros(count // world.world_size, device=world.device)
-    rates, host = [], []
-    for call, arguments in (
-        (_call("all_gather_single", "all_gather_into_tensor"), (whole, part)),
-        (_call("reduce_scatter_single", "reduce_scatter_tensor"), (part, whole)),
-    ):
-        times, works = [], []
-        for _ in range(2 * REPEATS + 1):
-            dist.barrier(group=world.control)
-            begin, start = clock(), time.perf_counter()
-            call(*arguments, group=world.channel.lanes[0])
-            _synchronize(world.device)
-            times.append(time.perf_counter() - start)
-            works.append(clock() - begin)
-        seconds, work = _together(world, [statistics.median(times[1:]), statistics.median(works[1:])])
-        rates.append(4.0 * count / seconds)
-        host.append(work / (4.0 * count) if world.device.type == "cpu" else 0.0)
-    return rates[0], rates[1], host[0], host[1]
-
-
-def _call(new: str, old: str) -> Callable[..., Any]:
-    """A collective of torch.distributed by its newer name where it has one."""
-    return getattr(dist, new, None) or getattr(dist, old)

@@ -48,14 +48,19 @@ NO_QUOTA = Quota()
 
 def measure_quota(world: World, threads: int) -> Quota:
     """Of this rank, when all compute with ``threads`` threads each; mean over ranks. ``NO_QUOTA`` unless all have one."""
-    dist.barrier(group=world.control)
-    once = watch(threads)
-    dist.barrier(group=world.control)
-    found = judge(once, watch(2 * threads), threads)
+    found = measure_own_quota(world, threads)
     sums = torch.tensor([found.period, found.cores, float(found.period > 0)], dtype=torch.float64)
     dist.all_reduce(sums, group=world.control)
     period, cores, ranks = (sums / world.world_size).tolist()
     return Quota(period=period, cores=cores) if ranks == 1.0 else NO_QUOTA
+
+
+def measure_own_quota(world: World, threads: int) -> Quota:
+    """Of this rank alone, when all compute with ``threads`` threads each; a collective. Ranks may differ."""
+    dist.barrier(group=world.control)
+    once = watch(threads)
+    dist.barrier(group=world.control)
+    return judge(once, watch(2 * threads), threads)
 
 
 @dataclass(frozen=True, kw_only=True)

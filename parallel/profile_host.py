@@ -83,8 +83,21 @@ def cases(rank: int, world_size: int) -> list[Case]:
     return made
 
 
-def host_costs(world: World, shape: ModelShape, dtype: torch.dtype, quota: Quota = NO_QUOTA) -> HostCosts:
-    """Fitted to all ranks' times, equal on all of them. One rank has no messages."""
+def host_costs(
+    world: World,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    quota: Quota = NO_QUOTA,
+    *,
+    turns: int = TURNS,
+    seconds: float = SECONDS,
+) -> HostCosts:
+    """Fitted to all ranks' times, equal on all of them. One rank has no messages.
+
+    Args:
+        turns: blocks of runs of each case, in turn.
+        seconds: that a block takes, about.
+    """
     clock = host_clock(world.device, quota)
     found = cases(world.rank, world.world_size)
     layers, setups = [], []
@@ -93,8 +106,8 @@ def host_costs(world: World, shape: ModelShape, dtype: torch.dtype, quota: Quota
         layers.append(_layer(world, shape, dtype, make()))
         setups.append(_setup(shape, dtype, make))
     counts = np.array([(case.pieces, case.messages, case.rounds) for case in found], dtype=np.float64)
-    piece, message, turn = fitted(world, counts, _times(world, clock, layers))
-    piece_setup, message_setup = fitted(world, counts[:, :2], _times(world, clock, setups))
+    piece, message, turn = fitted(world, counts, _times(world, clock, layers, turns, seconds))
+    piece_setup, message_setup = fitted(world, counts[:, :2], _times(world, clock, setups, turns, seconds))
     return HostCosts(
         piece_seconds=piece,
         message_seconds=message,
@@ -187,7 +200,9 @@ def _layer(world: World, shape: ModelShape, dtype: torch.dtype, inputs: MicroBat
     return run
 
 
-def _times(world: World, clock: Clock, runs: Sequence[Callable[[], None]]) -> list[list[float]]:
+def _times(
+    world: World, clock: Clock, runs: Sequence[Callable[[], None]], turns: int, block: float
+) -> list[list[float]]:
     """Seconds that each takes the host, in some turns; all ranks run one at once and equally often."""
 
     def timed(run: Callable[[], None], times: int, clock: Clock = clock) -> float:
@@ -201,6 +216,6 @@ def _times(world: World, clock: Clock, runs: Sequence[Callable[[], None]]) -> li
         run()
     once = torch.tensor([timed(run, 1, time.perf_counter) for run in runs], dtype=torch.float64)
     dist.all_reduce(once, op=dist.ReduceOp.MAX, group=world.control)
-    repeats = [max(int(SECONDS / max(seconds, 1e-9)), 1) for seconds in once.tolist()]
-    turns = [[timed(run, times) for run, times in zip(runs, repeats, strict=True)] for _ in range(TURNS)]
+    repeats = [max(int(block / max(seconds, 1e-9)), 1) for seconds in once.tolist()]
+    turns = [[timed(run, times) for run, times in zip(runs, repeats, strict=True)] for _ in range(turns)]
     return [list(times) for times in zip(*turns, strict=True)]

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hdp.attention.route import AttentionRuntime, check_options
+from hdp.balance.machine import ranks_per_node
 from hdp.parallel.channel import LANES, TorchChannel
-from hdp.parallel.costs import Assumptions
 from hdp.parallel.guard import Guard
 
 
@@ -37,17 +37,8 @@ class World:
     owns_process_group: bool
     mesh: DeviceMesh
     """Dimensions ``hdp`` and, with tensor parallelism, ``tp`` (neighbouring ranks)."""
-    assumptions: Assumptions | None = None
-    """What planners are told about the model and the ranks unless a loader is given ``cost`` and ``topology``; an engine
-    sets it from its model."""
-    assumed: Assumptions | None = None
-    """What the last engine assumed of its model, before anything was measured."""
-    told: Assumptions | None = None
-    """What :meth:`tell` set; a user's own ``assumptions`` are another object."""
-
-    def tell(self, assumptions: Assumptions | None) -> None:
-        """Sets ``assumptions`` for the user."""
-        self.assumptions = self.told = assumptions
+    nodes: tuple[int, ...]
+    """Ranks that share sequences of each node, as torchrun started them."""
 
     def close(self) -> None:
         """Leaves the job. Only what :func:`init` itself set up is taken down."""
@@ -110,7 +101,8 @@ def init(
     _check_agreement(control, schedule=schedule, wire_dtype=wire_dtype)
     _register_transformers()
     runtime = AttentionRuntime(rank, channel, place, backend, wire_dtype, schedule=schedule)
-    runtime.ranks_per_node = _ranks_per_node(control, world_size, tensor_parallel)
+    nodes = _nodes(control, world_size, tensor_parallel)
+    runtime.ranks_per_node = ranks_per_node(nodes) if len(nodes) > 1 else None
     return World(
         rank=rank,
         world_size=world_size,
@@ -123,16 +115,23 @@ def init(
         guard=Guard(dist.get_rank(), total, channel, generation),
         owns_process_group=owns,
         mesh=_mesh(place, world_size, tensor_parallel),
+        nodes=nodes,
     )
 
 
-def _ranks_per_node(control: dist.ProcessGroup, world_size: int, tensor_parallel: int) -> int | None:
-    """As torchrun started them; None if nodes differ, or if there is one."""
-    mine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size * tensor_parallel)) // tensor_parallel
-    both = torch.tensor([mine, -mine])
-    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=control)
-    most, least = int(both[0]), -int(both[1])
-    return most if 0 < least == most < world_size else None
+def _nodes(control: dist.ProcessGroup, world_size: int, tensor_parallel: int) -> tuple[int, ...]:
+    """Ranks of each node, as torchrun started them: LOCAL_WORLD_SIZE processes each. One node where that does not add up."""
+    mine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size * tensor_parallel))
+    sizes: list[int] = [0] * world_size
+    dist.all_gather_object(sizes, mine, group=control)
+    found, rank = [], 0
+    while rank < world_size:
+        size = sizes[rank] // tensor_parallel
+        if size < 1 or sizes[rank] % tensor_parallel or set(sizes[rank : rank + size]) != {sizes[rank]}:
+            return (world_size,)
+        found.append(min(size, world_size - rank))
+        rank += size
+    return tuple(found)
 
 
 def _check_agreement(control: dist.ProcessGroup, **settings: object) -> None:

@@ -1,4 +1,4 @@
-"""Imports point one way: hdp -> parallel -> offload, balance -> attention -> csrc. The pure parts need no torch."""
+"""Imports point one way: hdp -> parallel -> offload -> balance -> attention -> csrc. The pure parts need no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "attention": {"attention"},
     "balance": {"balance", "attention"},
-    "offload": {"offload", "attention"},
+    "offload": {"offload", "balance", "attention"},
     "parallel": {"parallel", "offload", "balance", "attention"},
 }
 NEEDS_TORCH = {"executor", "op", "route", "merge", "delta", "memory", "huggingface", "channel", "backends", "bound"}

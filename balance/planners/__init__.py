@@ -15,6 +15,7 @@ from hdp.balance.memory import most_moved, recomputed_capacity, refuse_no_room
 from hdp.balance.plan import REGIMES, Plan, PlanError
 from hdp.balance.planners.problem import Problem
 from hdp.balance.planners.recompute import RECOMPUTE, FittedProblem, check_fits, everywhere, where_needed
+from hdp.balance.planners.unlike import by_speed
 from hdp.balance.topology import Topology
 
 PLANNERS: dict[str, str] = {
@@ -72,11 +73,12 @@ def plan(
 
 
 def _make(problem: Problem, planner: str) -> Plan:
-    made: Plan = import_module(f"{__name__}.{PLANNERS[planner]}").make(problem, planner)
+    make = import_module(f"{__name__}.{PLANNERS[planner]}").make
+    made: Plan = make(problem, planner)
     cost = problem.cost
     if made.offload and cost.outside_memory and most_moved(made, cost) > cost.outside_memory:
         raise refuse_no_room(cost)
-    return made
+    return by_speed(made, problem, partial(make, name=planner)) if planner == "auto" else made
 
 
 def make_problem(

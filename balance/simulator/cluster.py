@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from hdp.balance.host import NO_HOST_COSTS, HostCosts
-from hdp.balance.measured import Profile
+from hdp.balance.machine import Machine
 from hdp.balance.models import ModelShape
 from hdp.balance.plan import PlanError
 from hdp.balance.topology import Topology
@@ -97,43 +97,43 @@ class Cluster:
         )
 
     @classmethod
-    def of_profile(
+    def of_machine(
         cls,
-        measured: Profile,
+        machine: Machine,
         topology: Topology | None = None,
         *,
         sharding: str = "sharded",
         stages: int = 1,
         **fields: object,
     ) -> Cluster:
-        """What ``hdp profile`` found: ``hdp simulate --profile`` and its comparison with real steps simulate this.
+        """What ``hdp simulate --machine`` and its comparison with real steps simulate.
 
-        ``topology``: None for the ranks that measured. On others collectives are as much faster or slower as their links say.
-        Raises PlanError for a profile without links and for fields that are wrong.
+        ``topology``: None for the ranks of the machine. On others collectives are as much faster or slower as their links say.
+        Raises PlanError for a machine without links and for fields that are wrong.
         """
         _check_count("stages", stages)
         if topology is None:
-            topology = measured.topology()
-        gather, reduce = measured.gather_bandwidth, measured.reduce_bandwidth
+            topology = machine.topology()
+        gather, reduce = machine.gather_bandwidth, machine.reduce_bandwidth
         if gather or reduce:
             here = _once_around(topology)
-            times = _once_around(measured.topology()) / here if here else 0.0
+            times = _once_around(machine.topology()) / here if here else 0.0
             gather, reduce = gather * times, reduce * times
-        shape = measured.shape
+        shape = machine.shape
         return cls(
             topology=topology,
             sharding=sharding,
             stages=stages,
-            parameter_bytes=measured.parameter_bytes / stages,
-            gradient_bytes=measured.gradient_bytes / stages,
-            root_share=measured.root_share,
-            overlap=measured.overlap,
-            stage_token_bytes=float(shape.hidden * measured.element_bytes) if shape else 0.0,
+            parameter_bytes=machine.parameter_bytes / stages,
+            gradient_bytes=machine.gradient_bytes / stages,
+            root_share=machine.root_share,
+            overlap=machine.overlap,
+            stage_token_bytes=float(shape.hidden * machine.element_bytes) if shape else 0.0,
             gather_bandwidth=gather,
             reduce_bandwidth=reduce,
-            host=measured.host,
+            host=machine.host,
             shape=shape,
-            element_bytes=measured.element_bytes,
+            element_bytes=machine.element_bytes,
             **fields,  # type: ignore[arg-type]
         )
 

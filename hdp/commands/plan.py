@@ -27,7 +27,7 @@ from hdp.balance.cost import TICK
 from hdp.balance.devices import DEVICES, find_device
 from hdp.balance.distributions import DISTRIBUTIONS, draw_lengths, read_lengths, source_tree_lengths
 from hdp.balance.evaluate import Evaluation
-from hdp.balance.measured import Profile
+from hdp.balance.machine import Machine
 from hdp.balance.plan import IntArray, Plan
 from hdp.balance.planners import make_problem
 from hdp.balance.planners import plan as make
@@ -140,7 +140,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help=f"a shipped model, a config.json or its folder; default: {MODEL}, which is said to be assumed"
     )
-    parser.add_argument("--profile", metavar="FILE", help="cost model and links that hdp profile measured")
+    parser.add_argument("--machine", metavar="FILE", help="model, ranks and links as hdp profile measured them")
     parser.add_argument("--device", choices=list(DEVICES), help=f"default: {DEVICE}, which is said to be assumed")
     parser.add_argument("--flops", type=float, help="operations per second that a rank attains; default: the device's")
     parser.add_argument("--intra-bandwidth", type=float, help="bytes per second between ranks of a node")
@@ -166,7 +166,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
 
 def assume_missing(arguments: argparse.Namespace, command: str) -> None:
     """Puts in the model and the device that the user left out, and says so in a line on standard error."""
-    if arguments.profile:
+    if arguments.machine:
         return
     missing = [name for name in ("model", "device") if getattr(arguments, name) is None]
     arguments.model = arguments.model or MODEL
@@ -181,13 +181,13 @@ def assume_missing(arguments: argparse.Namespace, command: str) -> None:
     }
     options = " and ".join(f"--{name}" for name in missing)
     assumed = " and ".join(what[name] for name in missing)
-    print(f"{command}: assumes {assumed}: give {options}, or --profile", file=sys.stderr)
+    print(f"{command}: assumes {assumed}: give {options}, or --machine", file=sys.stderr)
 
 
 def cluster_of(arguments: argparse.Namespace) -> tuple[Topology, CostModel]:
     """Topology and cost model of the arguments; what the user gives wins over the device's table."""
-    if arguments.profile:
-        return measured_cluster(arguments, Profile.read(arguments.profile))
+    if arguments.machine:
+        return cluster_of_machine(arguments, Machine.read(arguments.machine))
     device = find_device(arguments.device)
     intra, inter = device.intra, device.inter
     if arguments.intra_bandwidth is not None:
@@ -216,15 +216,15 @@ def _with_tiers(arguments: argparse.Namespace, cost: CostModel) -> CostModel:
     return cost
 
 
-def measured_cluster(arguments: argparse.Namespace, measured: Profile) -> tuple[Topology, CostModel]:
-    """What was measured; bandwidths that the user gives stand in for links that were not."""
+def cluster_of_machine(arguments: argparse.Namespace, machine: Machine) -> tuple[Topology, CostModel]:
+    """What a file says; bandwidths that the user gives stand in for links that were not."""
     given = {"intra": arguments.intra_bandwidth, "inter": arguments.inter_bandwidth}
     links = {name: Link(bandwidth=value) for name, value in given.items() if value is not None}
-    cost = measured.cost
+    cost = machine.cost
     if arguments.copy_bandwidth is not None:
         cost = replace(cost, copy_bandwidth=arguments.copy_bandwidth)
     cost = _with_tiers(arguments, cost)
-    topology = replace(measured, **links).topology(  # type: ignore[arg-type]
+    topology = replace(machine, **links).topology(  # type: ignore[arg-type]
         world_size=arguments.world_size, ranks_per_node=arguments.ranks_per_node
     )
     return topology, cost

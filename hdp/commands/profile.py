@@ -1,7 +1,7 @@
-"""Measure a model on this machine, in less than two minutes, and write the cost model that planners use.
+"""Measure a model on this machine, in less than two minutes, and write the file that planners use.
 
-  hdp profile --out profile.json                          a small Llama on this machine
-  hdp profile --model config.json --out profile.json      any transformers configuration, its folder, or a checkpoint
+  hdp profile --out machine.json                          a small Llama on this machine
+  hdp profile --model config.json --out machine.json      any transformers configuration, its folder, or a checkpoint
   torchrun --nproc-per-node 8 -m hdp.cli profile ...      also the links between the ranks
 
 Prints each measured length with the error of the fit, and what the model's shape alone would have said.
@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from hdp.balance.cost import CostModel
 from hdp.balance.devices import DEVICES, find_device
-from hdp.balance.measured import Profile, predicted
+from hdp.balance.machine import Machine
+from hdp.balance.measured import predicted
 from hdp.balance.models import model_shape
 from hdp.balance.plan import PlanError
 from hdp.commands.plan import BadArgumentsError
@@ -53,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=list(DEVICES), help="compare with this device of the table; default: the one that this is"
     )
-    parser.add_argument("--out", metavar="FILE", help="write the profile as JSON")
+    parser.add_argument("--out", metavar="FILE", help="write what was found as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -151,7 +152,7 @@ def _from_shape(model: Any, device: str) -> CostModel:
     return CostModel.from_shape(model.config, flops=find_device(device).attained, bytes_per_element=element)
 
 
-def describe(measured: Profile, shape: CostModel | None) -> str:
+def describe(measured: Machine, shape: CostModel | None) -> str:
     """The table of lengths, and the terms beside those of the model's shape; None: on a device that is not in the table."""
     cost = measured.cost
     lines = [

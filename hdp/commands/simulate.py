@@ -2,7 +2,7 @@
 
   hdp simulate --distribution github --context 2097152 --tokens 33.5e6 --world-size 1024 --capacity 8192
   hdp simulate --lengths lengths.txt --world-size 64 --capacity 8192 --planners static,auto --png steps.png
-  hdp simulate --profile profile.json --distribution source-tree --tokens 1e6 --world-size 8 --capacity 4096
+  hdp simulate --machine machine.json --distribution source-tree --tokens 1e6 --world-size 8 --capacity 4096
 
 Speed-ups are over the first planner of the list. A planner that cannot plan a batch is listed with its reason.
 
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from hdp.balance import PLANNERS, CostModel, PlanError, plan
-from hdp.balance.measured import Profile
+from hdp.balance.machine import Machine
 from hdp.balance.models import model_shape
 from hdp.balance.plan import IntArray
 from hdp.balance.planners.recompute import RECOMPUTE
@@ -135,7 +135,7 @@ def _run(arguments: argparse.Namespace) -> int:
     tokens = np.mean([o.tokens for o in outcomes if o.planner == rows[0].planner])
     title = _title(arguments, cluster, float(tokens))
     print(title, file=text)
-    if arguments.profile and (note := elsewhere(Profile.read(arguments.profile), cluster)):
+    if arguments.machine and (note := elsewhere(Machine.read(arguments.machine), cluster)):
         print(note, file=text)
     print(table(rows, outcomes, float(tokens)), file=text)
     for name, reason in failures.items():
@@ -145,21 +145,21 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def machine_of(arguments: argparse.Namespace) -> tuple[CostModel, Cluster]:
-    """Cost model and cluster, from the arguments or a profile."""
+    """Cost model and cluster, from the arguments or a file."""
     topology, cost = cluster_of(arguments)
     fields = {name: getattr(arguments, name) for name in ("sharding", "stages", "ranks_per_nic")}
-    if arguments.profile:
-        return cost, Cluster.of_profile(Profile.read(arguments.profile), topology, **fields)
+    if arguments.machine:
+        return cost, Cluster.of_machine(Machine.read(arguments.machine), topology, **fields)
     return cost, Cluster.of_model(model_shape(arguments.model), topology, **fields)
 
 
-def elsewhere(measured: Profile, cluster: Cluster) -> str:
-    """What to know of a profile that was measured on other ranks than are simulated; empty: it was not."""
-    there, here = (measured.world_size, measured.ranks_per_node), cluster.topology
+def elsewhere(machine: Machine, cluster: Cluster) -> str:
+    """What to know of a machine that was measured on other ranks than are simulated; empty: it was not."""
+    there, here = (machine.world_size, machine.ranks_per_node), cluster.topology
     if there == (here.world_size, here.ranks_per_node):
         return ""
     return (
-        f"the profile was measured on {there[0]} ranks, {there[1]} a node, not {here.world_size}, {here.ranks_per_node} a node:"
+        f"the machine was measured on {there[0]} ranks, {there[1]} a node, not {here.world_size}, {here.ranks_per_node} a node:"
         " its collectives are scaled as the links say"
     )
 
@@ -226,7 +226,7 @@ def table(rows: list[Row], outcomes: list[Outcome], tokens: float) -> str:
 def _title(arguments: argparse.Namespace, cluster: Cluster, tokens: float) -> str:
     topology = cluster.topology
     source = arguments.distribution or arguments.lengths or arguments.source_tree or arguments.dataset
-    what = f"{Path(arguments.profile).name}" if arguments.profile else arguments.model
+    what = f"{Path(arguments.machine).name}" if arguments.machine else arguments.model
     stages = f", {cluster.stages} stages" if cluster.stages > 1 else ""
     return (
         f"{what}, {Path(source).name}, {tokens / 1e6:.3g}M tokens a step, capacity {arguments.capacity}, regime "

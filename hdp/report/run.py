@@ -93,6 +93,8 @@ class Run:
             "wait_seconds": tuple(result.wait_seconds),
             "attention_bytes": result.attention_bytes,
         }
+        if not self.history and getattr(batch, "machine", None) is not None:
+            batch.machine.write(self.folder / "machine.json")  # with which the run can be planned again to the bit
         self.history.append({"step": batch.step, **values})
         self._metrics.write("train", batch.step, values)
         self._keep_for_the_picture(batch, result)

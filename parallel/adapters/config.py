@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from hdp.balance.machine import Machine
 from hdp.balance.plan import REGIMES
 from hdp.parallel.batch import REDUCTIONS
 from hdp.parallel.engine import Engine
@@ -32,6 +34,8 @@ class HdpConfig:
     """``"step"`` or ``"slot"``, see ``hdp.parallel.fsdp``; DDP has ``"step"`` only."""
     reduction: str = "token"
     """The loss: mean over label tokens (``"token"``) or over documents, each counting alike (``"sample"``)."""
+    machine: Machine | str | Path | None = None
+    """What is planned for, see ``hdp.Loader``; None: measured at the start, or the checkpoint's that is resumed."""
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_step", "capacity"):

@@ -33,6 +33,7 @@ from hdp.parallel.adapters.rows import RowDocuments
 from hdp.parallel.batch import PlannedBatch
 from hdp.parallel.engine import Engine
 from hdp.parallel.loader import Loader
+from hdp.parallel.machine import find_machine, read_for_all
 from hdp.parallel.world import World, init
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ else:
 
 logger = logging.getLogger("hdp")
 
-SCHEDULER_FILE = "scheduler.pt"
+SCHEDULER_FILE, MACHINE_FILE = "scheduler.pt", "machine.json"
 
 _OVERRIDDEN = (
     "_clip_grad_norm",
@@ -109,6 +110,8 @@ class HdpTrainerMixin(_Trainer):
         """Wraps the model on first use: in train(), evaluate() or when the optimizer is made."""
         if self._engine is None:
             self._engine = build_engine(self.model, self.world, self.hdp_config, bf16=self.args.bf16)
+            if self.hdp_config.machine is not None:
+                self._engine.machine = find_machine(self._engine, self.hdp_config.machine)
             self.model._is_accelerate_prepared = True  # accelerate's own mark: it will not wrap the model again
         return self._engine
 
@@ -153,11 +156,10 @@ class HdpTrainerMixin(_Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return Loader(
             documents,
-            self.world,
+            self.engine,
             tokens_per_step=config.tokens_per_step,
             capacity=config.capacity,
             planner=config.planner,
-            regime=config.regime,
             reduction=config.reduction,
             seed=None if self.args.train_sampling_strategy == "sequential" else seed,
             **options,
@@ -269,9 +271,14 @@ class HdpTrainerMixin(_Trainer):
         save_state(output_dir, self.engine.model, self._plain_optimizer())
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), f"{output_dir}/{SCHEDULER_FILE}")
+            if self.engine.machine is not None:
+                self.engine.machine.write(f"{output_dir}/{MACHINE_FILE}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_state(resume_from_checkpoint, self.engine.model)
+        stored = read_for_all(self.world, f"{resume_from_checkpoint}/{MACHINE_FILE}")
+        if stored is not None and self.hdp_config.machine is None:
+            self.engine.machine = stored  # the same plans as before
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

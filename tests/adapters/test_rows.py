@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from stand_in import alone, planning
 from transformers import default_data_collator
 
 from hdp.parallel.adapters import RowDocuments
 from hdp.parallel.adapters.mixin import count_steps
 from hdp.parallel.loader import Loader
 
-WORLD = types.SimpleNamespace(world_size=1, rank=0, assumptions=None, device=torch.device("cpu"))
+ENGINE = planning(alone(1))
 ROWS = [
     {"input_ids": [5, 6, 7, 0, 0], "attention_mask": [1, 1, 1, 0, 0], "labels": [-100, 6, 7, -100, -100]},
     {"input_ids": [0, 0, 0, 0, 8], "attention_mask": [0, 0, 0, 0, 1], "labels": [-100, -100, -100, -100, 8]},
@@ -58,7 +59,7 @@ def test_rows_without_tokens_are_passed_over():
     rows = [{"input_ids": []}, {"input_ids": [4, 5]}, {"input_ids": []}, {"input_ids": [6]}, {"input_ids": []}]
     documents = RowDocuments(rows, default_data_collator)
     assert [d["input_ids"].tolist() for d in documents] == [[4, 5], [6]]
-    loader = Loader(documents, WORLD, tokens_per_step=2, capacity=3, steps=1 << 62)
+    loader = Loader(documents, ENGINE, tokens_per_step=2, capacity=3, steps=1 << 62)
     assert count_steps(loader, 3) == 6
 
 
@@ -97,7 +98,7 @@ def test_refused(case):
 def test_steps_of_epochs_are_counted_to_the_batch(seed):
     lengths = [60, 5, 5, 40, 41, 7, 33, 100, 250, 1, 1, 1, 17]
     documents = [torch.zeros(n, dtype=torch.int64) for n in lengths]
-    loader = Loader(documents, WORLD, tokens_per_step=100, capacity=300, seed=seed, steps=1 << 62)
+    loader = Loader(documents, ENGINE, tokens_per_step=100, capacity=300, seed=seed, steps=1 << 62)
     draws = loader._draw()
     seen: list[list[int]] = []
     for steps in range(1, 40):

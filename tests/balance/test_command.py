@@ -11,7 +11,8 @@ import pytest
 
 from hdp.balance import CostModel, Link
 from hdp.balance.distributions import read_lengths
-from hdp.balance.measured import Profile, Sample
+from hdp.balance.machine import Machine
+from hdp.balance.measured import Sample
 from hdp.cli import main
 from hdp.commands.profile import describe
 
@@ -168,7 +169,7 @@ def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "assumes the model llama-7b and the device h100-sxm (445.1 TFLOP/s, 370 GB/s inside a node, 45 GB/s across",
         ),
         (["--model", "llama-70b"], "assumes the device h100-sxm (445.1 TFLOP/s"),
-        (["--device", "l4"], "assumes the model llama-7b: give --model, or --profile"),
+        (["--device", "l4"], "assumes the model llama-7b: give --model, or --machine"),
         (["--model", "llama-13b", "--device", "a100-80g"], ""),
     ],
 )
@@ -184,20 +185,20 @@ def test_what_is_assumed_is_said(
 def test_a_profile_leaves_nothing_to_assume(lengths: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     link = Link(bandwidth=1e9)
     cost = CostModel(layers=2, quadratic=1e-9, linear=1e-6)
-    made = Profile(
-        model="m", device="d", world_size=8, ranks_per_node=8, cost=cost, samples=(), intra=link, inter=link, parameters=10
+    made = Machine(
+        model="m", device="d", nodes=(8,), flops=1e9, cost=cost, samples=(), intra=link, inter=link, parameters=10
     )  # fmt: skip
     made.write(tmp_path / "profile.json")
     assert (
-        said(capsys, "plan", "--lengths", str(lengths), *ARGUMENTS, "--profile", str(tmp_path / "profile.json")) == ""
+        said(capsys, "plan", "--lengths", str(lengths), *ARGUMENTS, "--machine", str(tmp_path / "profile.json")) == ""
     )
 
 
 def test_a_profile_of_a_device_that_nobody_knows_is_compared_with_nothing() -> None:
     cost = CostModel(layers=2, quadratic=1e-9, linear=1e-6)
     sample = Sample(length=128, documents=1, forward=1.0, backward=2.0, fitted=3.0)
-    made = Profile(
-        model="m", device="Z9", world_size=1, ranks_per_node=1, cost=cost, samples=(sample,), intra=None, inter=None,
+    made = Machine(
+        model="m", device="Z9", nodes=(1,), flops=1e9, cost=cost, samples=(sample,), intra=None, inter=None,
         parameters=10,
     )  # fmt: skip
     lines = describe(made, None).splitlines()

@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 from offload_helpers import ATTENTION, gradients, make_zoo, same_bits, token_ids
 
-from hdp.offload import Bandwidth, FileTier, HostTier, OffloadEngine, OffloadError
+from hdp.balance.machine import CopyRates
+from hdp.offload import FileTier, HostTier, OffloadEngine, OffloadError
 from hdp.offload.scratch import ScratchFile
 
 TOKENS = 384  # storages of many pages, so that rounding to pages does not matter
-FAST, SLOW = (Bandwidth(out=rate, back=rate) for rate in (1e15, 1.0))
+FAST, SLOW = (CopyRates(out=rate, back=rate) for rate in (1e15, 1.0))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_memo_solves_for_its_fraction(model, expected):
         seen = engine.profiles[TOKENS]
         limit = seen.bytes_kept + (seen.bytes_all - seen.bytes_kept) * 0.7
         engine.profiles[TOKENS] = replace(seen, forward_seconds=1.0)
-        engine.bandwidth = Bandwidth(out=limit, back=limit)
+        engine.bandwidth = CopyRates(out=limit, back=limit)
         batch = engine.micro_batch(model, tokens=TOKENS, policy="memo")
         assert [action.recompute for action in batch._actions] == [False, True, False, False, False]
         assert [action.ratio for action in batch._actions] == [0.0, 1.0, 1.0, 1.0, 0.0]

@@ -13,6 +13,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from hdp.balance.cost import CostModel
+from hdp.balance.machine import LayerWork
 from hdp.balance.memory import (
     RATIO_STEP,
     eq3,
@@ -22,7 +23,7 @@ from hdp.balance.memory import (
     ranks_with,
     recomputed_capacity,
 )
-from hdp.offload import LayerAction, LayerProfile, choose, layer_actions
+from hdp.offload import LayerAction, choose, layer_actions
 from hdp.offload.auto import hiding_ratio, memo_fraction, scaled_profile
 from hdp.offload.model import LayerBytes, device_bytes, tier_bytes
 
@@ -205,7 +206,7 @@ def test_device_bytes_with_recomputation():
 
 
 def profile(seconds=1.0, whole=1000, kept=100, attention=0.0):
-    return LayerProfile(forward_seconds=seconds, bytes_all=whole, bytes_kept=kept, attention_seconds=attention)
+    return LayerWork(forward_seconds=seconds, bytes_all=whole, bytes_kept=kept, attention_seconds=attention)
 
 
 def test_auto_takes_what_is_free():
@@ -272,7 +273,8 @@ def test_the_pure_half_needs_no_torch():
 import sys
 sys.modules["torch"] = None
 import hdp.offload as o
-assert o.choose(o.LayerProfile(forward_seconds=1.0, bytes_all=10, bytes_kept=1), layers=4, bandwidth=99.0).ratio == 1.0
+from hdp.balance.machine import LayerWork
+assert o.choose(LayerWork(forward_seconds=1.0, bytes_all=10, bytes_kept=1), layers=4, bandwidth=99.0).ratio == 1.0
 assert len(o.layer_actions(4, policy="offload")) == 4 and "OffloadEngine" in dir(o)
 try:
     o.OffloadEngine

@@ -97,9 +97,7 @@ def plan_batch(
     world: hdp.World, engine: hdp.Engine, documents: list, capacity: int, **options: Any
 ) -> hdp.PlannedBatch:
     """All documents as one batch, in order."""
-    (batch,) = hdp.Loader(
-        documents, world, tokens_per_step=10**9, capacity=capacity, seed=None, regime=engine.regime, **options
-    )
+    (batch,) = hdp.Loader(documents, engine, tokens_per_step=10**9, capacity=capacity, seed=None, **options)
     return batch
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines import full_gradients, make_engine, plan_batch
+from stand_in import machine_of
 from tiny import gradient_errors, loss_sums, make_documents, make_model, widen
 
 import hdp
@@ -173,12 +174,10 @@ def opened(world: hdp.World, folder: str) -> tuple[float, str, list[float]]:
         error = str(caught)
     documents = make_documents([int(1.8 * world.world_size * CAPACITY), 20, 30])
     with Activations.open(world, folder=folder) as engine.activations:
-        loader = hdp.Loader(
-            documents, world, tokens_per_step=10**5, capacity=CAPACITY, offload=1.0, regime=engine.regime, steps=2
-        )
-        losses = [engine.forward_backward(batch).loss for batch in loader]
-    assert world.assumptions is not None
-    return world.assumptions.cost.copy_bandwidth, error, losses
+        loader = hdp.Loader(documents, engine, tokens_per_step=10**5, capacity=CAPACITY, offload=1.0, steps=2)
+        batches = list(loader)
+        losses = [engine.forward_backward(batch).loss for batch in batches]
+    return batches[0].machine.cost.copy_bandwidth, error, losses
 
 
 def test_opened_for_a_world(ranks, tmp_path):
@@ -193,7 +192,7 @@ def opened_with_room(world: hdp.World, folder: str) -> list[float]:
     """The same documents on one rank that holds them."""
     engine = hdp.shard(deeper("hdp"), world)
     documents = make_documents([int(1.8 * 2 * CAPACITY), 20, 30])
-    loader = hdp.Loader(documents, world, tokens_per_step=10**5, capacity=1000, steps=2)
+    loader = hdp.Loader(documents, engine, tokens_per_step=10**5, capacity=1000, steps=2)
     return [engine.forward_backward(batch).loss for batch in loader]
 
 
@@ -220,7 +219,15 @@ def too_long(world: hdp.World, offload: str | float) -> Any:
     engine = hdp.shard(model, world)
     documents = make_documents([int(1.8 * world.world_size * CAPACITY), 20, 30])
     try:
-        batch = plan_batch(world, engine, documents, CAPACITY, planner="auto", offload=offload, cost=cost)
+        batch = plan_batch(
+            world,
+            engine,
+            documents,
+            CAPACITY,
+            planner="auto",
+            offload=offload,
+            machine=machine_of(world.world_size, cost),
+        )
     except PlanError as error:
         return str(error)
     with OffloadEngine([HostTier()], min_bytes=256) as store:

@@ -9,13 +9,15 @@ import pytest
 import torch
 from engines import plan_batch
 from harness import Ranks
+from stand_in import machine_of
 from tiny import make_documents, make_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaConfig
 
 import hdp
-from hdp.balance import make_plan
+from hdp.balance import Machine, make_plan
 from hdp.parallel.costs import BYTE_SECONDS, CALL_SECONDS, MESSAGE_SECONDS, NotKnown, assume
+from hdp.parallel.schedules import chooser_of
 
 
 def test_a_small_model_on_a_cpu_shares_only_what_pays():
@@ -28,7 +30,7 @@ def test_a_small_model_on_a_cpu_shares_only_what_pays():
     assert known is not None and known.device == "cpu" and known.cost.layers == 4
     assert known.cost.ring_bytes == 2 * 2 * 32 * 4  # keys and values, 2 heads of 32, fp32
     lengths = [3000, 900, 700, 400, 300, 200, 150, 100, 90, 80, 70, 60]
-    plan = make_plan(lengths, world_size=2, capacity=2048, planner="auto", cost=known.cost, topology=known.topology)
+    plan = make_plan(lengths, world_size=2, capacity=2048, planner="auto", cost=known.cost, topology=known.topology())
     sizes = plan.group_sizes()
     assert sizes[2] >= 1 and sizes[1] >= 8, plan.describe_groups()
 
@@ -40,18 +42,20 @@ def test_half_precision_is_faster():
 
 
 def test_a_model_without_a_shape_is_not_guessed_at():
-    with pytest.raises(NotKnown, match=r"Linear has no config that tells its shape, .*: give hdp.Loader"):
+    with pytest.raises(NotKnown, match=r"Linear has no config that tells its shape, .*: give hdp.Loader\(machine="):
         assume(torch.nn.Linear(2, 2), torch.device("cpu"), 2, torch.float32)
 
 
 def told(world: hdp.World) -> tuple:
     engine = hdp.shard(make_model(), world)
-    return engine.world.assumptions, world.assumptions.topology.world_size
+    batch = plan_batch(world, engine, make_documents([9, 9]), 50)
+    return engine.machine, batch.machine.topology().world_size
 
 
-def test_an_engine_sets_it_for_its_loaders_alike_on_all_ranks(ranks):
+def test_an_engine_knows_a_machine_once_a_loader_needs_it_alike_on_all_ranks(ranks):
     found = ranks(3).run(told)
-    assert found[0] is not None and all(f == found[0] for f in found) and found[0][1] == 3
+    assert found[0][0] is not None and all(f == found[0] for f in found) and found[0][1] == 3
+    assert found[0][0].source == "assumed" and found[0][0].nodes == (3,)
 
 
 def with_schedule(world: hdp.World, schedule: str) -> tuple:
@@ -72,8 +76,8 @@ def test_schedule_auto_works_under_an_engine(ranks):
 
 
 def rates(world: hdp.World) -> tuple[float, float, float]:
-    hdp.shard(make_model(), world)
-    chooser = world.runtime.chooser
+    engine = hdp.shard(make_model(), world)
+    chooser = chooser_of(plan_batch(world, engine, make_documents([9, 9]), 50).machine)
     return chooser.byte_seconds, chooser.message_seconds, chooser.call_seconds
 
 
@@ -83,50 +87,59 @@ def test_auto_counts_what_messages_and_calls_take_from_a_core(ranks):
     assert min(found[0]) > 0
 
 
-def two_models(world: hdp.World) -> list[Any]:
-    """What is assumed after each of three engines, the second of another shape, the third of half the dtype."""
-    found = []
+def three_models(world: hdp.World) -> list[Any]:
+    """What three engines in one world plan for: the second of another shape, the third of half the dtype; planned in turn, the
+    first one last."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for model, options in ((make_model(), {}), (make_model("mha"), {}), (make_model(), {"mp_policy": policy})):
-        hdp.shard(model, world, **options)
-        assert world.assumptions is not None
-        found.append((world.assumptions.cost, world.runtime.chooser))
-    world.tell(measured := replace(world.assumptions, cost=replace(world.assumptions.cost, copy_bandwidth=12345.0)))
-    hdp.shard(make_model(), world, mp_policy=policy)
-    return [*found, world.assumptions == measured]
+    models = ((make_model(), {}), (make_model("mha"), {}), (make_model(), {"mp_policy": policy}))
+    engines = [hdp.shard(model, world, **options) for model, options in models]
+    for engine in reversed(engines):
+        plan_batch(world, engine, make_documents([9, 9]), 50)
+    return [engine.machine for engine in engines]
 
 
-def test_plans_are_for_the_model_of_the_last_engine():
+def test_plans_are_for_the_model_of_their_engine():
     with Ranks(2) as two:
-        for (first, chooser), (second, _), (half, faster), is_kept in two.run(two_models):
-            assert second.ring_bytes == 2 * first.ring_bytes  # twice the key/value heads
-            assert half.ring_bytes == first.ring_bytes / 2 and half.linear == first.linear / 2
-            assert faster.flops == 2 * chooser.flops
-            assert is_kept  # what was measured is not forgotten for a like model
+        for first, second, half in two.run(three_models):
+            assert second.cost.ring_bytes == 2 * first.cost.ring_bytes  # twice the key/value heads
+            assert half.cost.ring_bytes == first.cost.ring_bytes / 2 and half.cost.linear == first.cost.linear / 2
+            assert chooser_of(half).flops == 2 * chooser_of(first).flops
 
 
-def said_by_a_user(world: hdp.World) -> tuple[bool, bool, float]:
-    """Whether what a user said outlives engines of two shapes, whether what is known outlives a model without one, and what was
-    measured with another model."""
-    hdp.shard(make_model(), world)
-    assert world.assumptions is not None
-    world.tell(replace(world.assumptions, cost=replace(world.assumptions.cost, copy_bandwidth=12345.0)))
-    model = Shapeless()
-    known = world.assumptions
-    hdp.shard(model, world, layers=[model.body])
-    is_kept = world.assumptions is known
-    hdp.shard(make_model("mha"), world)
-    carried = world.assumptions.cost.copy_bandwidth
-    mine = replace(world.assumptions, flops=1.0)
-    world.assumptions = mine
-    hdp.shard(make_model(), world)
-    hdp.shard(make_model("mha"), world)
-    return world.assumptions is mine, is_kept, carried
+def given(world: hdp.World, folder: str) -> tuple[Machine, ...]:
+    """What batches are planned for: a file, a value, the engine's own; then on a world of another size."""
+    engine = hdp.shard(make_model(), world)
+    documents, capacity = make_documents([9, 9]), 50
+    assumed = plan_batch(world, engine, documents, capacity).machine
+    mine = replace(assumed, flops=1e9, device="mine")
+    file = f"{folder}/{world.rank}.json"
+    mine.write(file)
+    options = ({"machine": file}, {"machine": mine}, {}, {"machine": "assume"})
+    found = [plan_batch(world, engine, documents, capacity, **option).machine for option in options]
+    larger = replace(mine, nodes=(2, 2, 1), speeds=(1.0, 1.0, 1.0, 0.5, 1.0))
+    return assumed, *found, plan_batch(world, engine, documents, capacity, machine=larger).machine
 
 
-def test_what_a_user_said_and_what_was_measured_is_kept():
-    with Ranks(1) as alone:
-        assert alone.run(said_by_a_user) == [(True, True, 12345.0)]
+def test_a_loader_plans_for_the_machine_it_is_given(ranks, tmp_path):
+    for assumed, file, value, own, again, fewer in ranks(2).run(given, str(tmp_path)):
+        assert file == value == replace(assumed, flops=1e9, device="mine")
+        assert own == again == assumed
+        assert fewer == value  # which has two ranks, on one node
+
+
+def unlike(world: hdp.World) -> str:
+    engine = hdp.shard(make_model(), world)
+    machine = machine_of(world.world_size, flops=1e9 * (1 + world.rank))
+    try:
+        plan_batch(world, engine, make_documents([9, 9]), 50, machine=machine)
+    except hdp.PlanMismatch as error:
+        return str(error)
+    return "planned"
+
+
+def test_ranks_with_other_machines_are_named(ranks):
+    for rank, text in enumerate(ranks(2).run(unlike)):
+        assert f"rank {rank}, step 0: ranks [{1 - rank}] plan for another machine than this rank" in text
 
 
 class Shapeless(torch.nn.Module):
@@ -140,11 +153,12 @@ class Shapeless(torch.nn.Module):
 def without_shape(world: hdp.World) -> str:
     world.runtime.schedule = "auto"
     model = Shapeless()
+    engine = hdp.shard(model, world, layers=[model.body])
     try:
-        hdp.shard(model, world, layers=[model.body])
+        plan_batch(world, engine, make_documents([9, 9]), 50)
     except ValueError as error:
         return str(error)
-    return "made"
+    return "planned"
 
 
 def test_auto_without_anything_to_choose_by_is_refused_at_once():

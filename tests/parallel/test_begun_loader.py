@@ -10,25 +10,28 @@ from typing import Any
 import pytest
 import torch
 from harness import Ranks
+from stand_in import machine_of
 from tiny import make_documents, make_model
 from transformers import LlamaForCausalLM
 
 import hdp
-from hdp.balance import CostModel, Topology
+from hdp.balance import CostModel, Link
 from hdp.parallel import loader as loaders
 
 LENGTHS = [150, 9, 12, 30, 8, 11, 7, 25] * 4
 STEPS = 4
 
 
-def open_activations(world: hdp.World) -> None:
+def open_activations(engine: hdp.Engine) -> None:
     """Nothing leaves any more, and the layers that keep everything are others."""
-    hdp.Activations.open(world, ratio=0.0, keep_first=0, keep_last=2).store.close()
+    engine.activations = hdp.Activations.open(engine.world, ratio=0.0, keep_first=0, keep_last=2)
+    engine.activations.store.close()
 
 
-def make_another(world: hdp.World) -> None:
-    """An engine of a model that shares fewer documents."""
-    hdp.shard(make_model("mha"), world)
+def give_another(engine: hdp.Engine) -> None:
+    """A machine on which fewer documents are shared."""
+    assert engine.machine is not None
+    engine.machine = replace(engine.machine, intra=Link(bandwidth=1e6))
 
 
 def make_deep() -> torch.nn.Module:
@@ -41,10 +44,10 @@ def make_deep() -> torch.nn.Module:
     return model
 
 
-MEANWHILE = {"engine": make_another, "activations": open_activations}
+MEANWHILE = {"machine": give_another, "activations": open_activations}
 
 
-CAPACITY = {"engine": 200, "activations": 64}
+CAPACITY = {"machine": 200, "activations": 64}
 
 
 class Slow(hdp.Loader):
@@ -70,8 +73,8 @@ def with_a_late_planner(world: hdp.World, kind: str, late: int) -> list[str]:
     engine = hdp.shard(make_deep(), world)
     options: dict[str, Any] = {"offload": 1.0} if kind == "activations" else {}
     loader = Slow(
-        make_documents(LENGTHS), world, tokens_per_step=sum(LENGTHS) // 4, capacity=CAPACITY[kind], seed=None, steps=STEPS,
-        regime=engine.regime, **options,
+        make_documents(LENGTHS), engine, tokens_per_step=sum(LENGTHS) // 4, capacity=CAPACITY[kind], seed=None, steps=STEPS,
+        **options,
     )  # fmt: skip
     loader.may_go, loader.planned = threading.Event(), threading.Event()
     if world.rank != late:
@@ -80,7 +83,7 @@ def with_a_late_planner(world: hdp.World, kind: str, late: int) -> list[str]:
     for batch in loader:
         if batch.step == 0:
             assert world.rank == late or loader.planned.wait(60)
-            MEANWHILE[kind](world)
+            MEANWHILE[kind](engine)
             loader.may_go.set()
         digests.append(batch.plan.digest)
     later = [plan.digest for _, plan in loader.plan_batches()]
@@ -96,13 +99,11 @@ def test_what_is_made_meanwhile_is_for_later_loops(kind, late):
     assert found[0] == found[1] and len(set(found[0])) == 1  # four times the same lengths
 
 
-def handed_on(world: hdp.World) -> list[tuple[Any, Any]]:
-    """Cost and topology that planners get where the user gives both, either, or neither."""
-    hdp.shard(make_model(), world)
-    known = world.assumptions
-    assert known is not None
-    world.tell(known := replace(known, topology=replace(known.topology, ranks_per_node=1)))
-    cost, topology = CostModel(layers=2, quadratic=1e-9, linear=1e-6), Topology(world_size=world.world_size)
+def handed_on(world: hdp.World) -> list[bool]:
+    """Whether planners get the engine's machine, the loader's, and what activations that are opened change of each."""
+    engine = hdp.shard(make_model(), world)
+    engine.machine = replace(machine_of(world.world_size), nodes=(1, 1))
+    other = machine_of(world.world_size, CostModel(layers=2, quadratic=1e-9, linear=1e-6))
     found: list[tuple[Any, Any]] = []
     with pytest.MonkeyPatch.context() as monkey:
         plan = loaders.make_plan
@@ -113,12 +114,16 @@ def handed_on(world: hdp.World) -> list[tuple[Any, Any]]:
             return plan(*args, **keywords)
 
         monkey.setattr(loaders, "make_plan", noting)
-        for options in ({}, {"cost": cost}, {"topology": topology}, {"cost": cost, "topology": topology}):
-            hdp.Loader(make_documents([9, 9]), world, tokens_per_step=99, capacity=50, **options)
-    expected = [(known.cost, known.topology), (cost, known.topology), (known.cost, topology), (cost, topology)]
+        for activations in (None, hdp.Activations.open(world, ratio=0.0, keep_first=0, keep_last=1)):
+            engine.activations = activations
+            for options in ({}, {"machine": other}):
+                hdp.Loader(make_documents([9, 9]), engine, tokens_per_step=99, capacity=50, **options)
+    expected = [(machine.cost, machine.topology()) for machine in (engine.machine, other)]
+    kept = {"keep_first": 0, "keep_last": 1, "in_flight": 2, "copy_bandwidth": 0.0}
+    expected += [(replace(cost, **kept), topology) for cost, topology in expected]
     return [(got == wanted) for got, wanted in zip(found, expected, strict=True)]
 
 
-def test_what_the_user_leaves_out_stays_as_assumed():
+def test_planners_get_the_machine_and_what_activations_change_of_it():
     with Ranks(2) as two:
         assert two.run(handed_on) == [[True] * 4] * 2

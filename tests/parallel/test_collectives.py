@@ -20,15 +20,14 @@ from hdp.parallel import collectives
 LENGTHS = [120, 20, 30, 9, 11, 40, 64, 64]
 
 
-def loader_of(world: hdp.World, lengths: list[int], regime: str, steps: int = 1, capacity: int = 64) -> hdp.Loader:
+def loader_of(engine: hdp.Engine, lengths: list[int], steps: int = 1, capacity: int = 64) -> hdp.Loader:
     documents = make_documents(lengths)
     return hdp.Loader(
         documents,
-        world,
+        engine,
         tokens_per_step=10**5,
         capacity=capacity,
         planner="naive",
-        regime=regime,
         seed=None,
         steps=steps,
     )
@@ -52,7 +51,7 @@ def accumulate(world: hdp.World, name: str, beside: bool, slow: bool) -> tuple[d
 
     collectives.TimedWork.wait = late  # type: ignore[method-assign]
     try:
-        for batch in loader_of(world, LENGTHS, engine.regime, steps=2):
+        for batch in loader_of(engine, LENGTHS, steps=2):
             engine.forward_backward(batch)
     finally:
         collectives.TimedWork.wait = wait  # type: ignore[method-assign]
@@ -77,7 +76,7 @@ def evaluate_between_steps(world: hdp.World) -> list[float]:
     engine = hdp.shard(make_model(), world)
     optimizer = torch.optim.SGD(engine.parameters(), lr=0.5)
     losses = [engine.evaluate(make_documents([30]), capacity=64)]
-    for batch in loader_of(world, LENGTHS, "step", 2, 180 // world.world_size):
+    for batch in loader_of(engine, LENGTHS, 2, 180 // world.world_size):
         engine.forward_backward(batch)
         optimizer.step()
         optimizer.zero_grad()
@@ -98,7 +97,7 @@ def optimizer_in_backward(world: hdp.World) -> tuple[list[float], list[float]]:
     seen: list[float] = []
     for parameter in engine.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: seen.append(float(p.grad.to_local().norm())))
-    for batch in loader_of(world, LENGTHS, "step"):
+    for batch in loader_of(engine, LENGTHS):
         engine.forward_backward(batch)
     return sorted(seen), sorted(float(p.grad.to_local().norm()) for p in engine.parameters())
 
@@ -127,7 +126,7 @@ def half_precision_reductions(world: hdp.World, regime: str) -> dict[str, Tensor
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     engine = hdp.shard(make_model(), world, regime=regime, mp_policy=policy)
     assert engine.beside is not None and not engine.beside.allowed
-    for batch in loader_of(world, LENGTHS, regime):
+    for batch in loader_of(engine, LENGTHS):
         engine.forward_backward(batch)
     return full_gradients(engine)
 
@@ -143,7 +142,7 @@ def assigned_checkpoint(world: hdp.World, regime: str) -> dict[str, Tensor | Non
     engine = hdp.shard(make_model(), world, regime=regime)
     state = {name: value.clone() for name, value in engine.model.state_dict().items()}
     engine.model.load_state_dict(state, assign=True)
-    for batch in loader_of(world, LENGTHS, regime, steps=2):
+    for batch in loader_of(engine, LENGTHS, steps=2):
         engine.forward_backward(batch)
     return full_gradients(engine)
 
@@ -160,7 +159,7 @@ def failing_step(world: hdp.World, regime: str) -> tuple[bool, bool, list[float]
     """A step that fails on every rank between two that do not: gradients before it stay, and the next reads new parameters."""
     engine = hdp.shard(make_model(), world, regime=regime)
     held = list(engine.parameters())  # as an optimizer does
-    good, bad = (next(iter(loader_of(world, LENGTHS, regime))) for _ in range(2))
+    good, bad = (next(iter(loader_of(engine, LENGTHS))) for _ in range(2))
     engine.forward_backward(good)
     before = [parameter.grad.to_local().clone() for parameter in held]
     losses = [engine.forward_backward(good).loss]
@@ -188,7 +187,7 @@ def loss_of_halved_parameters(world: hdp.World, regime: str) -> float:
         for parameter in model.parameters():
             parameter.mul_(0.5)
     engine = hdp.shard(model, world, regime=regime)
-    return engine.forward_backward(next(iter(loader_of(world, LENGTHS, regime)))).loss
+    return engine.forward_backward(next(iter(loader_of(engine, LENGTHS)))).loss
 
 
 @pytest.mark.parametrize("regime", ["step", "slot"])

@@ -45,7 +45,7 @@ def one_step(world: hdp.World, heads: str, documents: list, planner: str | Plan,
     """(loss, label tokens, gradient by parameter or None, groups) as this rank sees them; gradients only on rank 0."""
     engine = get_engine(world, heads, **options)
     chosen = planner if isinstance(planner, str) else (lambda lengths, **_: planner)
-    loader = hdp.Loader(documents, world, tokens_per_step=10**9, capacity=capacity, planner=chosen, seed=None)
+    loader = hdp.Loader(documents, engine, tokens_per_step=10**9, capacity=capacity, planner=chosen, seed=None)
     (batch,) = loader
     batch.plan.validate()
     result = engine.forward_backward(batch)

@@ -49,7 +49,7 @@ def train(world: hdp.World, victim: int, how: str, where: str, schedule: str | N
     elif where == "reduce-scatter":
         collectives.ReduceScatter.__call__ = lambda *a, **k: (trip(), reduce(*a, **k))[1]  # type: ignore[method-assign]
     loader = hdp.Loader(
-        make_documents([150, 20, 30, 9, 11, 40]), world, tokens_per_step=10**5, capacity=64, planner="naive", steps=3
+        make_documents([150, 20, 30, 9, 11, 40]), engine, tokens_per_step=10**5, capacity=64, planner="naive", steps=3
     )
     for batch in loader:
         if where == "between steps" and batch.step == 1 and world.rank == victim:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from stand_in import planning
 from tiny import VOCABULARY, make_documents, make_model
 
 import hdp
@@ -25,7 +26,7 @@ def logits_of(world: hdp.World, versions: list[list[torch.Tensor]], plan: Plan) 
     found = []
     for documents in versions:
         loader = hdp.Loader(
-            documents, world, tokens_per_step=10**6, capacity=200, planner=lambda *_, **__: plan, seed=None
+            documents, planning(world), tokens_per_step=10**6, capacity=200, planner=lambda *_, **__: plan, seed=None
         )
         (batch,) = loader
         logits = {}

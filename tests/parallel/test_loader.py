@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from harness import Ranks
+from stand_in import planning
 from tiny import IGNORE, make_documents, make_model
 
 import hdp
@@ -17,15 +18,9 @@ from hdp.parallel.batch import read_document
 LENGTHS = [10, 3, 40, 7, 90, 1, 22, 15, 0, 8, 31, 64, 5]
 
 
-class Alone:
-    """As much of a world as planning needs."""
-
-    rank, world_size, assumptions, device = 0, 2, None, torch.device("cpu")
-
-
 def batches(**options: Any) -> list[tuple[int, ...]]:
     fields: dict = {"tokens_per_step": 100, "capacity": 50, "planner": "naive", **options}
-    return [indices for indices, _ in hdp.Loader(make_documents(LENGTHS), Alone(), **fields).plan_batches()]
+    return [indices for indices, _ in hdp.Loader(make_documents(LENGTHS), planning(), **fields).plan_batches()]
 
 
 def test_an_epoch_holds_every_document_once_and_keeps_to_the_token_count():
@@ -71,7 +66,7 @@ def test_lengths_known_up_front_are_taken_without_reading():
         def __getitem__(self, index: int) -> torch.Tensor:
             raise AssertionError("read while planning")
 
-    list(hdp.Loader(Lazy(), Alone(), tokens_per_step=100, capacity=50, planner="naive").plan_batches())
+    list(hdp.Loader(Lazy(), planning(), tokens_per_step=100, capacity=50, planner="naive").plan_batches())
 
 
 class Measured(list):
@@ -102,7 +97,10 @@ REFUSED = [
     (ValueError, "capacity is '50': give a whole number", {"capacity": "50"}),
     (ValueError, "tokens_per_step is 0.5: give a whole number", {"tokens_per_step": 0.5}),
     (ValueError, "tokens_per_step is nan: give a whole number", {"tokens_per_step": float("nan")}),
-    (ValueError, "unknown option 'batch_size' of hdp.Loader: plans take regime, .*tokens_per_step", {"batch_size": 8}),
+    (ValueError, "'regime' is the engine's: hdp.Loader takes it from its engine", {"regime": "slot"}),
+    (ValueError, "'cost' is part of the machine: .*; give machine=", {"cost": None}),
+    (PlanError, "machine is 'none.json': give a file of hdp profile --out, a Machine", {"machine": "none.json"}),
+    (ValueError, "unknown option 'batch_size' of hdp.Loader: plans take offload, .*tokens_per_step", {"batch_size": 8}),
 ]  # fmt: skip
 
 
@@ -116,7 +114,7 @@ def test_bad_input_is_refused(kind, message, change):
         documents = make_documents(change.pop("lengths", LENGTHS))
     fields = {"tokens_per_step": 100, "capacity": 50, "planner": "naive", **change}
     with pytest.raises(kind, match=message) as caught:
-        list(hdp.Loader(documents, Alone(), **fields).plan_batches())
+        list(hdp.Loader(documents, planning(), **fields).plan_batches())
     assert type(caught.value) is kind
 
 
@@ -126,7 +124,7 @@ def test_a_later_batch_that_cannot_be_planned_names_its_document():
             raise PlanError(f"sequence {lengths.tolist().index(90)} has no place")
         return hdp.make_plan(lengths, planner="naive", **options)
 
-    loader = hdp.Loader(make_documents(LENGTHS), Alone(), tokens_per_step=100, capacity=50, planner=mine, seed=None)
+    loader = hdp.Loader(make_documents(LENGTHS), planning(), tokens_per_step=100, capacity=50, planner=mine, seed=None)
     with pytest.raises(PlanError, match=r"^document 4 has no place$"):
         list(loader.plan_batches())
 
@@ -172,7 +170,7 @@ def caught(function) -> tuple[str, str]:
 
 def plan_error_everywhere(world: hdp.World, lengths: list[int], options: dict) -> tuple[str, str]:
     fields = {"tokens_per_step": 10**4, "capacity": 50, "planner": "naive", **options}
-    return caught(lambda: next(iter(hdp.Loader(make_documents(lengths), world, **fields))))
+    return caught(lambda: next(iter(hdp.Loader(make_documents(lengths), planning(world), **fields))))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +206,7 @@ def different(world: hdp.World, what: str) -> tuple[str, str]:
         documents[0][77] ^= 1
     elif what == "labels" and odd:
         documents[0] = {"input_ids": documents[0], "labels": torch.full_like(documents[0], IGNORE)}
-    return caught(lambda: list(hdp.Loader(documents, world, **options)))
+    return caught(lambda: list(hdp.Loader(documents, planning(world), **options)))
 
 
 @pytest.mark.parametrize("what", ["lengths", "order", "count", "planner"])
@@ -234,7 +232,11 @@ def planned_by_one(world: hdp.World, fails: bool) -> tuple[int, list[str]] | tup
     flexsp.make = counted
     try:
         loader = hdp.Loader(
-            make_documents([150, 20, 30, 9, 11, 40]), world, tokens_per_step=10**4, capacity=64, planner="flexsp"
+            make_documents([150, 20, 30, 9, 11, 40]),
+            planning(world),
+            tokens_per_step=10**4,
+            capacity=64,
+            planner="flexsp",
         )
         if fails:
             return caught(lambda: list(loader))
@@ -276,7 +278,7 @@ class Broken:
 
 
 def read(world: hdp.World) -> None:
-    list(hdp.Loader(Broken(world.rank), world, tokens_per_step=10**4, capacity=25, planner="naive"))
+    list(hdp.Loader(Broken(world.rank), planning(world), tokens_per_step=10**4, capacity=25, planner="naive"))
 
 
 def test_a_rank_that_cannot_read_a_document_is_named_by_the_others():
@@ -289,9 +291,16 @@ def test_a_rank_that_cannot_read_a_document_is_named_by_the_others():
     assert "PeerError: rank 1 failed: OSError: document " in first.error, first
 
 
+def test_a_world_in_place_of_an_engine_is_refused():
+    with pytest.raises(
+        ValueError, match=r"hdp\.Loader takes the engine that will run its batches, not SimpleNamespace"
+    ):
+        hdp.Loader(make_documents(LENGTHS), planning().world, tokens_per_step=100, capacity=50)
+
+
 def changed_after_planning(world: hdp.World) -> tuple[str, str]:
     documents = make_documents([20, 30])
-    (batch,) = hdp.Loader(documents, world, tokens_per_step=100, capacity=50, planner="naive")
+    (batch,) = hdp.Loader(documents, planning(world), tokens_per_step=100, capacity=50, planner="naive")
     documents[0] = documents[0][:-5]
     return caught(lambda: hdp.shard(make_model(), world).forward_backward(batch))
 
@@ -315,7 +324,7 @@ def read_lengths(world: hdp.World) -> list[int]:
             seen.append(index)
             return make_documents([20, 21, 22, 23])[index]
 
-    list(hdp.Loader(Counting(), world, tokens_per_step=10**4, capacity=50, planner="naive"))
+    list(hdp.Loader(Counting(), planning(world), tokens_per_step=10**4, capacity=50, planner="naive"))
     return sorted(set(seen))
 
 

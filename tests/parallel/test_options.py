@@ -15,6 +15,7 @@ import hdp
 from hdp.attention.auto import Chooser
 from hdp.attention.predict import Links
 from hdp.balance import Plan
+from hdp.parallel.schedules import chooser_of
 
 LENGTHS, GROUPS, SLOTS = [90, 61, 9, 17], [(0, 1), (1, 0), (0,), (1,)], [0, 1, 1, 0]
 
@@ -110,18 +111,19 @@ def choosing(world: hdp.World) -> str:
     world = again(world, schedule="auto")
     links = Links(inner_rate=1e9 * (1 + world.rank), outer_rate=1e9)
     world.runtime.chooser = Chooser(links=links, flops=1e12)
+    engine = make_engine(world, "fsdp-step", make_model("gqa"))
     try:
-        make_engine(world, "fsdp-step", make_model("gqa"))
-    except ValueError as error:
+        plan_batch(world, engine, make_documents([9, 9]), 50)
+    except hdp.PlanMismatch as error:
         return str(error)
-    return "made"
+    return "planned"
 
 
 def test_ranks_that_would_choose_by_other_numbers_are_refused():
     with Ranks(2) as two:
         found = two.run(choosing)
     for rank, text in enumerate(found):
-        assert f"ranks [{1 - rank}] would choose by other numbers than rank {rank}" in text
+        assert f"rank {rank}, step 0: ranks [{1 - rank}] plan for another machine than this rank" in text
 
 
 def nodes(world: hdp.World, local: list[int], tensor_parallel: int) -> tuple[int | None, int, int | None]:
@@ -130,9 +132,9 @@ def nodes(world: hdp.World, local: list[int], tensor_parallel: int) -> tuple[int
     world = again(world, tensor_parallel=tensor_parallel)
     if tensor_parallel > 1:
         return world.runtime.ranks_per_node, 0, None
-    make_engine(world, "fsdp-step", make_model("gqa"))
-    assert world.assumptions is not None and world.runtime.chooser is not None
-    return world.runtime.ranks_per_node, world.assumptions.topology.nodes, world.runtime.chooser.ranks_per_node
+    engine = make_engine(world, "fsdp-step", make_model("gqa"))
+    machine = plan_batch(world, engine, make_documents([9, 9]), 50).machine
+    return world.runtime.ranks_per_node, machine.topology().nodes, chooser_of(machine).ranks_per_node
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,9 @@ def nodes(world: hdp.World, local: list[int], tensor_parallel: int) -> tuple[int
         ([2] * 4, 1, (2, 2, 2)),
         ([1] * 4, 1, (1, 4, 1)),
         ([4] * 4, 1, (None, 1, None)),
-        ([3, 3, 3, 1], 1, (None, 1, None)),  # nodes that differ
+        ([3, 3, 3, 1], 1, (3, 2, 3)),  # nodes that differ
+        ([1, 3, 3, 3], 1, (1, 4, 1)),  # only single ranks lie between all borders
+        ([3, 3, 2, 2], 1, (None, 1, None)),  # which no launcher says
         ([2] * 4, 2, (1, 0, None)),
     ],
 )

@@ -13,7 +13,9 @@ from tiny import gradient_errors, loss_sums, make_documents, widen
 
 import hdp
 from hdp.balance import DoesNotFit
+from hdp.balance.machine import CopyRates
 from hdp.balance.memory import recomputed_capacity
+from hdp.parallel.activations import Room
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +51,6 @@ def run(engine: hdp.Engine, batch: hdp.PlannedBatch, runs: list[int]) -> Any:
 
 def trained(world: hdp.World, name: str, planner: str, host: float, folder: str) -> Any:
     """The planned step and the same without recomputation and offload; the plan's layers and ratios."""
-    world.assumptions = None  # of another test's model
     model, runs = make_deep_model(), [0]
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: runs.__setitem__(0, runs[0] + 1))
@@ -60,12 +61,11 @@ def trained(world: hdp.World, name: str, planner: str, host: float, folder: str)
         opening = {"folder": folder}
         options["offload"] = 1.0
     with hdp.Activations.open(world, **opening) as engine.activations:
-        assert world.assumptions is not None
         engine.activations.store._min_bytes = 256
         if host:
             # Of six layers those under way are too many to count for what offload spares.
-            cost = replace(world.assumptions.cost, host_memory=host, disk_memory=0.0, copy_bandwidth=1e12, in_flight=0)
-            options |= {"cost": cost, "topology": world.assumptions.topology}
+            room = Room(copies=CopyRates(out=1e12, back=1e12), host_memory=host, in_flight=0)
+            engine.activations = replace(engine.activations, room=room)
         batch = plan_batch(world, engine, make_documents(LENGTHS), CAPACITY, **options)
         planned = run(engine, batch, runs)
         left = engine.activations.store.meter.left
@@ -105,7 +105,6 @@ def exact_step() -> tuple[float, dict[str, Any]]:
 
 def refused_and_told(world: hdp.World) -> tuple[str, list[str]]:
     """The error without recomputation; the lines that rank 0 logs with it, over two batches."""
-    world.assumptions = None
     engine = make_engine(world, "fsdp-step", make_deep_model())
     with pytest.raises(DoesNotFit) as error:
         plan_batch(world, engine, make_documents(LENGTHS), CAPACITY)
@@ -119,7 +118,7 @@ def refused_and_told(world: hdp.World) -> tuple[str, list[str]]:
     try:
         documents = make_documents([20, *LENGTHS])
         loader = hdp.Loader(
-            documents, world, tokens_per_step=10**4, capacity=CAPACITY, seed=1, steps=2, recompute="auto"
+            documents, engine, tokens_per_step=10**4, capacity=CAPACITY, seed=1, steps=2, recompute="auto"
         )
         assert sum(len(batch.plan.recompute) for batch in loader) == 2
     finally:
@@ -141,11 +140,11 @@ def test_it_is_said_what_it_costs(ranks):
 
 def saved(world: hdp.World, again: int | None) -> tuple[int, int, float, float]:
     """(peak of saved bytes, without recomputation, what the plan promised to spare, bytes of all)."""
-    world.assumptions = None
     engine = make_engine(world, "fsdp-step", make_deep_model())
     peaks = []
     for recompute in (True, False):
         with hdp.Activations.open(world, ratio=0.0) as activations:
+            engine.activations = activations
             batch = plan_batch(world, engine, make_documents([180]), CAPACITY, recompute="auto")
             (micro_batch,) = batch.plan.micro_batches(world.rank)
             assert micro_batch.tokens == 90
@@ -158,8 +157,7 @@ def saved(world: hdp.World, again: int | None) -> tuple[int, int, float, float]:
             engine.activations = activations
             engine.forward_backward(batch)
             peaks.append(activations.store.meter.peak_device)
-    assert world.assumptions is not None
-    cost = world.assumptions.cost
+    cost = batch.machine.cost
     assert recomputed_capacity(CAPACITY, cost.recomputing(layers)) >= 90
     spared = layers * (cost.activation_bytes - cost.recompute_bytes) * 90
     return peaks[0], peaks[1], spared, cost.activation_bytes * LAYERS * 90
@@ -175,18 +173,16 @@ def test_memory_that_the_plan_promises_is_spared(ranks, again):
 
 def kept_layers(world: hdp.World, folder: str) -> Any:
     """What plans assume after ``open``; ratios of plans for two and four kept layers; errors of engines that keep more."""
-    world.assumptions = None
     engine = make_engine(world, "fsdp-step", make_deep_model())
     documents = make_documents([150, 20])
     ratios, errors, micro_batches = [], [], []
     for first in (1, 2):
         with hdp.Activations.open(world, folder=folder, keep_first=first, keep_last=2) as activations:
-            assert world.assumptions is not None
-            cost = world.assumptions.cost
-            assert (cost.keep_first, cost.keep_last, cost.in_flight) == (first, 2, 2)
-            batch = plan_batch(world, engine, documents, CAPACITY, planner="naive", offload=1.0)
-            ratios.append(max(mb.offload_ratio for mb in batch.plan.micro_batches(world.rank)))
             engine.activations = activations
+            batch = plan_batch(world, engine, documents, CAPACITY, planner="naive", offload=1.0)
+            cost = batch.machine.cost
+            assert (cost.keep_first, cost.keep_last, cost.in_flight) == (first, 2, 2)
+            ratios.append(max(mb.offload_ratio for mb in batch.plan.micro_batches(world.rank)))
             engine.forward_backward(batch)
             micro_batches.append(batch.plan.micro_batches(world.rank)[0])
             for keep in (
@@ -202,7 +198,10 @@ def kept_layers(world: hdp.World, folder: str) -> Any:
                     )
                 except ValueError as error:
                     errors.append(str(error))
-    with hdp.Activations.open(world, ratio=0.0), pytest.raises(ValueError, match="copy_bandwidth"):
+    with (
+        hdp.Activations.open(world, ratio=0.0) as engine.activations,
+        pytest.raises(ValueError, match="copy_bandwidth"),
+    ):
         plan_batch(world, engine, documents, CAPACITY, offload="auto")
     engine.activations = None
     with pytest.raises(ValueError, match='offload="off" and recompute="off"'):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from engines import make_engine, plan_batch
 from harness import PATIENCE, Ranks
+from stand_in import planning
 from tiny import make_documents, make_model
 
 import hdp
@@ -68,10 +69,11 @@ def message_of(world: hdp.World, what: str) -> str:
             with torch.autocast("cpu", torch.float16):
                 engine.forward_backward(plan_batch(world, engine, documents, CAPACITY, planner="naive"))
         elif what == "another regime":
-            options: dict[str, Any] = {"tokens_per_step": 99, "capacity": CAPACITY, "regime": "slot"}
-            engine.forward_backward(next(iter(hdp.Loader(documents, world, **options))))
+            options: dict[str, Any] = {"tokens_per_step": 99, "capacity": CAPACITY}
+            other = planning(world, regime="slot")
+            engine.forward_backward(next(iter(hdp.Loader(documents, other, **options))))
         elif what == "no step to run":
-            hdp.Loader(documents, world, tokens_per_step=99, capacity=CAPACITY, start=9, steps=3)
+            hdp.Loader(documents, engine, tokens_per_step=99, capacity=CAPACITY, start=9, steps=3)
         elif what == "a plan that holds too much":
             plan = hdp.Plan.from_groups(
                 [9, 9], [(0,), (0,)], [0, 0], world_size=world.world_size, capacity=10, regime="step", planner="mine"
@@ -109,7 +111,7 @@ def sinks() -> None:
         ("fp16", r"torch.autocast computes in float16: there is no gradient scaler"),
         (
             "another regime",
-            r"regime 'slot'; this engine runs 'step': plan with hdp.Loader\(..., regime=engine.regime\)",
+            r"regime 'slot'; this engine runs 'step': make the loader with this engine",
         ),
         ("float labels", r"document 1: labels must be integers"),
         ("bool ids", r"document 1: token ids must be one row of integers"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from engines import make_engine, make_model
+from stand_in import planning
 from tiny import make_documents
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -31,8 +32,8 @@ def zero1_slot(world: hdp.World) -> None:
 
 def another_regime(world: hdp.World) -> None:
     engine = make_engine(world, "fsdp-slot", make_model())
-    options: Any = {"tokens_per_step": 10**6, "capacity": CAPACITY, "planner": "naive", "regime": "step"}
-    (batch,) = hdp.Loader(make_documents([9, 9]), world, **options)
+    options: Any = {"tokens_per_step": 10**6, "capacity": CAPACITY, "planner": "naive"}
+    (batch,) = hdp.Loader(make_documents([9, 9]), planning(world), **options)
     engine.forward_backward(batch)
 
 
@@ -81,7 +82,7 @@ def early_optimizer(world: hdp.World) -> None:
     engine = hdp.shard(model, world)
     later = torch.optim.AdamW(engine.parameters())
     options: Any = {"tokens_per_step": 10**6, "capacity": CAPACITY}
-    for batch in hdp.Loader(make_documents([9, 9]), world, **options):
+    for batch in hdp.Loader(make_documents([9, 9]), engine, **options):
         engine.forward_backward(batch)
         later.step()
         optimizer.step()

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from harness import Ranks
+from stand_in import alone, machine_of, planning
 from tiny import make_documents, make_model
 from torch import nn
 
 import hdp
-from hdp.balance import CostModel, DoesNotFit, Topology
+from hdp.balance import DoesNotFit
 from hdp.parallel.costs import NotKnown, assume
 from hdp.parallel.shapes import see_shape
 
@@ -127,16 +128,15 @@ def bare(world: hdp.World) -> tuple[Any, list[tuple[int, str]], str, str]:
         inner = make_model()
         documents, options = make_documents([1000, 3]), {"tokens_per_step": 10**4, "capacity": 64}
         with pytest.raises(DoesNotFit) as before:
-            hdp.Loader(documents, world, **options)
+            hdp.Loader(documents, planning(world), **options)
         engine = hdp.shard(Bare(inner), world)
         with pytest.raises(DoesNotFit) as after:
-            hdp.Loader(documents, world, **options)
-        for _ in hdp.Loader(make_documents([9, 9]), world, **options):
+            hdp.Loader(documents, engine, **options)
+        for _ in hdp.Loader(make_documents([9, 9]), engine, **options):
             pass
     finally:
         log.removeHandler(said)
-    assert engine.world.assumptions is not None
-    return engine.world.assumptions.cost, said.lines, str(before.value), str(after.value)
+    return engine.machine.cost, said.lines, str(before.value), str(after.value)
 
 
 def test_an_engine_plans_by_the_modules_and_says_so():
@@ -149,31 +149,20 @@ def test_an_engine_plans_by_the_modules_and_says_so():
         assert "32 layers" not in before + after and "of 1000 tokens does not fit 2 ranks" in before
     level, line = found[0][1][0]
     assert level == logging.WARNING and "plans assume of Bare, by its modules, without a config: 2 layers of" in line
-    assert "of cpu: " in line and "give hdp.Loader(cost=...)" in line
-
-
-class Alone:
-    rank, world_size, assumptions = 0, 2, None
-
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = torch.device(device)
+    assert "of cpu: " in line and "give hdp.Loader(machine=...)" in line
 
 
 def test_a_loader_of_which_nothing_is_known_says_by_what_it_plans(caplog):
     options: dict[str, Any] = {"tokens_per_step": 100, "capacity": 50}
-    loader = hdp.Loader(make_documents([9, 9]), Alone(), **options)
+    loader = hdp.Loader(make_documents([9, 9]), planning(machine=None), **options)
     for _ in range(2):
         list(loader.plan_batches())
-    (record,) = caplog.records
+    unseen, record = caplog.records
+    assert "Linear has no config that tells its shape" in unseen.getMessage()
     assert "planned as for a 7B model at 400 TFLOP/s, eight ranks a node" in record.getMessage()
-    assert "make the engine before" in record.getMessage() and "give cost= and topology=" in record.getMessage()
+    assert "give hdp.Loader(machine=...)" in record.getMessage()
     caplog.clear()
-    cost = CostModel(layers=2, quadratic=1e-9, linear=1e-6)
-    list(hdp.Loader(make_documents([9, 9]), Alone(), cost=cost, **options).plan_batches())
-    assert "give topology=" in caplog.text and "7B" not in caplog.text
-    caplog.clear()
-    topology = Topology(world_size=2)
-    list(hdp.Loader(make_documents([9, 9]), Alone(), cost=cost, topology=topology, **options).plan_batches())
+    list(hdp.Loader(make_documents([9, 9]), planning(machine=None), machine=machine_of(2), **options).plan_batches())
     assert not caplog.records
 
 
@@ -185,12 +174,10 @@ def test_a_gpu_is_found_by_its_name(monkeypatch, name, entry):
 
 def test_a_gpu_that_nobody_knows_is_not_taken_for_another(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Z9")
-    with pytest.raises(
-        NotKnown, match=r"'NVIDIA Z9' is not in the table, .*hdp profile .*cost=profile.cost, .*DEVICES"
-    ):
+    with pytest.raises(NotKnown, match=r"'NVIDIA Z9' is not in the table, .*measure.*hdp profile .*DEVICES"):
         assume(make_model(attention="sdpa"), torch.device("cuda"), 2, torch.bfloat16)
     options: dict[str, Any] = {"tokens_per_step": 100, "capacity": 50}
     with pytest.raises(ValueError, match="the device 'NVIDIA Z9' is not in the table"):
-        hdp.Loader(make_documents([9, 9]), Alone("cuda"), **options)
-    given = {"cost": CostModel(layers=2, quadratic=1e-9, linear=1e-6), "topology": Topology(world_size=2)}
-    assert list(hdp.Loader(make_documents([9, 9]), Alone("cuda"), **given, **options).plan_batches())
+        hdp.Loader(make_documents([9, 9]), planning(alone(device="cuda"), machine=None), **options)
+    known = planning(alone(device="cuda"), machine=machine_of(2))
+    assert list(hdp.Loader(make_documents([9, 9]), known, **options).plan_batches())

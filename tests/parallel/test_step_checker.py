@@ -23,7 +23,7 @@ from hdp.attention.predict import Links
 from hdp.balance import Plan, make_plan
 from hdp.parallel.arrangement import Arrangement, ArrangementError
 from hdp.parallel.costs import assume
-from hdp.parallel.schedules import assumed_chooser
+from hdp.parallel.schedules import chooser_of
 from hdp.parallel.step_checker import (
     Attention,
     Await,
@@ -266,7 +266,7 @@ def test_ranks_do_what_was_checked_with_a_schedule_of_their_own(ranks, schedule)
     """A schedule for all sequences, whatever the plan says, resolved by the chooser that the engine set."""
     plan = by_hand(3, [(0, 1, 2), (1,), (1, 0), (0,)], [0, 1, 2, 2], schedule="all_gather")
     known = assume(make_model(attention="sdpa"), torch.device("cpu"), 3, torch.float32)
-    chooser = assumed_chooser(known)
+    chooser = chooser_of(known)
     attention = Attention(head_dim=16, schedule=schedule, chooser=chooser)
     check_step(plan, Collectives(), attention=attention)
     wanted = predicted(plan, Collectives(), attention)

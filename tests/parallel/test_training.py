@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from harness import Ranks
+from stand_in import alone, planning
 from tiny import VOCABULARY, loss_sums, make_documents, make_model, make_reference
 
 import hdp
@@ -25,7 +26,7 @@ def train(
     optimizer = torch.optim.AdamW(engine.parameters(), lr=1e-2)
     fields = {"tokens_per_step": 120, "capacity": 64, "steps": steps, "seed": 7, **options}
     losses = []
-    for batch in hdp.Loader(make_documents(LENGTHS), world, **fields):
+    for batch in hdp.Loader(make_documents(LENGTHS), engine, **fields):
         losses.append(engine.forward_backward(batch).loss)
         engine.clip_grad_norm_(1.0)
         optimizer.step()
@@ -64,7 +65,7 @@ def test_training_follows_plain_training(ranks, world):
     model, documents = make_reference(), make_documents(LENGTHS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     loader = hdp.Loader(
-        documents, _Alone(world), tokens_per_step=120, capacity=capacity, planner="naive", steps=10, seed=7
+        documents, planning(alone(world)), tokens_per_step=120, capacity=capacity, planner="naive", steps=10, seed=7
     )
     expected = []
     for indices, _plan in loader.plan_batches():
@@ -80,7 +81,7 @@ def test_training_follows_plain_training(ranks, world):
 
 def buffers(world: hdp.World, lengths: list[int]) -> tuple[int, int]:
     engine = hdp.shard(make_model(), world)
-    (batch,) = hdp.Loader(make_documents(lengths), world, tokens_per_step=10**5, capacity=64, planner="naive")
+    (batch,) = hdp.Loader(make_documents(lengths), engine, tokens_per_step=10**5, capacity=64, planner="naive")
     return engine.forward_backward(batch).attention_bytes, world.runtime.peak_bytes
 
 
@@ -92,20 +93,13 @@ def test_a_step_reports_the_buffers_of_attention():
     assert {reported for reported, _ in shared} == {max(own for _, own in shared)} != {0}
 
 
-class _Alone:
-    assumptions, device = None, torch.device("cpu")
-
-    def __init__(self, world_size: int) -> None:
-        self.rank, self.world_size, self.assumptions = 0, world_size, None
-
-
 def evaluate(world: hdp.World, lengths: list[int], between_steps: bool) -> list[Any]:
     engine = hdp.shard(make_model(), world)
     documents = make_documents(lengths)
     found = [engine.evaluate(documents, capacity=64)]
     assert engine.model.training
     if between_steps:  # a step after an evaluation, and an evaluation after a step
-        (batch,) = hdp.Loader(documents, world, tokens_per_step=10**5, capacity=64, planner="naive")
+        (batch,) = hdp.Loader(documents, engine, tokens_per_step=10**5, capacity=64, planner="naive")
         found.append(engine.forward_backward(batch).loss)
         found.append(engine.evaluate(documents, capacity=64, planner="static", tokens_per_step=70))
     return found
@@ -126,7 +120,7 @@ def test_evaluation_without_labels_is_nan(ranks):
 
 def more_ranks_than_tokens(world: hdp.World, lengths: list[int]) -> tuple[float, float]:
     engine = hdp.shard(make_model(), world)
-    (batch,) = hdp.Loader(make_documents(lengths), world, tokens_per_step=9, capacity=1, planner="naive", seed=None)
+    (batch,) = hdp.Loader(make_documents(lengths), engine, tokens_per_step=9, capacity=1, planner="naive", seed=None)
     return engine.forward_backward(batch).loss, float(engine.clip_grad_norm_(1e9))
 
 
@@ -156,7 +150,7 @@ def refusals(world: hdp.World) -> dict[str, tuple[str, str]]:
 
     engine = hdp.shard(make_model(), world)
     documents = make_documents([20, 30])
-    (batch,) = hdp.Loader(documents, world, tokens_per_step=100, capacity=50, planner="naive")
+    (batch,) = hdp.Loader(documents, engine, tokens_per_step=100, capacity=50, planner="naive")
     note("attention", lambda: hdp.shard(make_model(attention="sdpa"), world))
     note("no layers", lambda: hdp.shard(torch.nn.Linear(4, 4), world))
     elsewhere = Plan.from_groups([20, 30], [(0,), (0,)], [0, 0], world_size=9, capacity=99, regime="step", planner="x")
@@ -170,7 +164,7 @@ def refusals(world: hdp.World) -> dict[str, tuple[str, str]]:
     object.__setattr__(other, "plan", slot)
     note("regime", lambda: engine.forward_backward(other))
     note("timeout", lambda: hdp.init(timeout=0))
-    note("too long", lambda: hdp.Loader(documents, world, tokens_per_step=99, capacity=10))
+    note("too long", lambda: hdp.Loader(documents, engine, tokens_per_step=99, capacity=10))
     note("fine", lambda: engine.forward_backward(batch))
     return found
 
@@ -193,7 +187,7 @@ def wrong_label(world: hdp.World) -> None:
     engine = hdp.shard(make_model(), world)
     documents: list = make_documents([20, 30, 100])
     documents[1] = {"input_ids": documents[1], "labels": torch.full_like(documents[1], VOCABULARY)}
-    for batch in hdp.Loader(documents, world, tokens_per_step=10**4, capacity=60, planner="naive", seed=None):
+    for batch in hdp.Loader(documents, engine, tokens_per_step=10**4, capacity=60, planner="naive", seed=None):
         engine.forward_backward(batch)
 
 

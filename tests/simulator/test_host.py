@@ -24,7 +24,8 @@ from hdp.attention.route import LayerKey, Route
 from hdp.attention.schedules import get_schedule
 from hdp.balance import CostModel, ModelShape, PlanError
 from hdp.balance.host import HostCosts, ring_messages
-from hdp.balance.measured import Profile, fit, predicted
+from hdp.balance.machine import Machine
+from hdp.balance.measured import fit, predicted
 from hdp.balance.simulator import Cluster, Simulation, simulate
 from hdp.balance.simulator.tables import table
 from hdp.parallel import profile_clock, profile_host
@@ -130,7 +131,7 @@ def test_refuses(name: str, value: float):
 def test_profile_file(tmp_path: Path):
     made = replace(profile_of([], None, None), host=HOST)
     made.write(tmp_path / "p.json")
-    assert Profile.read(tmp_path / "p.json") == made
+    assert Machine.read(tmp_path / "p.json") == made
     assert json.loads((tmp_path / "p.json").read_text())["host"]["message_seconds"] == 1e-4
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from hdp.balance import CostModel, Link, PlanError
-from hdp.balance.measured import Profile, Sample, fit, predicted
+from hdp.balance.machine import Machine
+from hdp.balance.measured import Sample, fit, predicted
 from hdp.cli import main
 
 
@@ -37,12 +38,12 @@ def test_fit_has_no_negative_terms():
         assert min(terms) >= 0 and max(terms) > 0
 
 
-def profile_of(samples: list[Sample], intra: Link | None, inter: Link | None) -> Profile:
-    return Profile(
+def profile_of(samples: list[Sample], intra: Link | None, inter: Link | None) -> Machine:
+    return Machine(
         model="m",
         device="d",
-        world_size=4,
-        ranks_per_node=2,
+        nodes=(2, 2),
+        flops=1e9,
         cost=CostModel(layers=3, quadratic=1e-9, linear=1e-6),
         samples=tuple(samples),
         intra=intra,
@@ -54,7 +55,7 @@ def profile_of(samples: list[Sample], intra: Link | None, inter: Link | None) ->
 def test_profile_file(tmp_path: Path):
     made = profile_of(made_up(1e-9, 1e-6, 0.0, 3, 0.0), None, Link(bandwidth=1e9, latency=1e-5))
     made.write(tmp_path / "p.json")
-    read = Profile.read(tmp_path / "p.json")
+    read = Machine.read(tmp_path / "p.json")
     assert read == made
     topology = read.topology(world_size=16)
     assert (topology.world_size, topology.intra, topology.inter) == (16, made.inter, made.inter)
@@ -68,19 +69,19 @@ def test_profile_file(tmp_path: Path):
 def test_refuses_what_is_no_profile(tmp_path: Path, text: str):
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(PlanError, match="hdp profile"):
-        Profile.read(tmp_path / "p.json")
+        Machine.read(tmp_path / "p.json")
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("overlap", "x"), ("gather_bandwidth", "fast"), ("root_share", -1), ("parameters", 0), ("world_size", None)],
+    [("overlap", "x"), ("gather_bandwidth", "fast"), ("root_share", -1), ("parameters", 0), ("nodes", [0])],
 )
 def test_a_profile_with_a_wrong_number_names_it(tmp_path: Path, name: str, value: object):
     path = tmp_path / "p.json"
     profile_of([], None, None).write(path)
     path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
-    with pytest.raises(PlanError, match=f"profile: {name} is {value!r}"):
-        Profile.read(path)
+    with pytest.raises(PlanError, match=f"machine: {name} is {value!r}"):
+        Machine.read(path)
 
 
 def test_profile_without_links_says_so():
@@ -110,15 +111,15 @@ def test_command_profile_then_simulate(tmp_path: Path, capsys: pytest.CaptureFix
     text = capsys.readouterr().out
     head = ["documents", "tokens", "forward", "s", "backward", "s", "fit", "s", "error", "shape", "s"]
     assert head in [line.split() for line in text.splitlines()] and "from shape" in text
-    profile = Profile.read(out)
+    profile = Machine.read(out)
     assert profile.cost.layers == 2 and profile.cost.ring_bytes == 2 * 2 * 8 * 4
     assert [(s.length, s.documents) for s in profile.samples] == [(16, 1), (64, 1), (128, 1), (32, 4)]
     assert profile.cost.activation_bytes > 32 * 4  # at least a layer's input
     simulated = tmp_path / "s.json"
-    arguments = ["--profile", str(out), "--distribution", "github", "--tokens", "20000", "--context", "4096"]
+    arguments = ["--machine", str(out), "--distribution", "github", "--tokens", "20000", "--context", "4096"]
     arguments += ["--world-size", "4", "--ranks-per-node", "2", "--capacity", "2048", "--json", str(simulated)]
     assert main(["simulate", *arguments]) == 2  # one rank measured no links
-    assert "the profile has no links" in capsys.readouterr().err
+    assert "the machine has no links" in capsys.readouterr().err
     arguments += ["--inter-bandwidth", "1e9"]
     assert main(["simulate", *arguments, "--planners", "static,auto", "--sharding", "none"]) == 0
     planners = json.loads(simulated.read_text())["planners"]

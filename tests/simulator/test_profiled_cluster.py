@@ -18,7 +18,7 @@ from torch import nn
 import hdp
 from hdp.balance import CostModel, Link, ModelShape, PlanError, Topology
 from hdp.balance.host import HostCosts
-from hdp.balance.measured import Profile
+from hdp.balance.machine import Machine
 from hdp.balance.simulator import Cluster
 from hdp.cli import main
 from hdp.parallel.engine import Engine
@@ -27,11 +27,11 @@ from hdp.parallel.profile_sharding import root_share, sharding_seconds, spread
 
 SHAPE = ModelShape(name="m", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, intermediate=96, vocabulary=64)
 LAN = Link(bandwidth=20e6, latency=1e-4)
-MEASURED = Profile(
+MEASURED = Machine(
     model="m",
     device="d",
-    world_size=4,
-    ranks_per_node=1,
+    nodes=(1, 1, 1, 1),
+    flops=1e9,
     cost=CostModel(layers=2, quadratic=2e-8, linear=3e-5, constant=1e-4, ring_bytes=256.0, ring_bytes_backward=512.0),
     samples=(),
     intra=None,
@@ -79,12 +79,12 @@ def benchmark() -> ModuleType:
     return module
 
 
-def commanded(tmp_path: Path, measured: Profile, planners: str, capacity: int) -> dict[str, float]:
-    """Seconds of a step by planner, as ``hdp simulate --profile`` has them."""
+def commanded(tmp_path: Path, measured: Machine, planners: str, capacity: int) -> dict[str, float]:
+    """Seconds of a step by planner, as ``hdp simulate --machine`` has them."""
     (tmp_path / "lengths.txt").write_text("\n".join(map(str, LENGTHS)))
     measured.write(tmp_path / "p.json")
     arguments = [
-        "--profile",
+        "--machine",
         str(tmp_path / "p.json"),
         "--lengths",
         str(tmp_path / "lengths.txt"),
@@ -119,33 +119,33 @@ def test_the_command_says_what_is_compared_with_real_steps(tmp_path: Path, bench
 
 
 def test_a_profile_as_a_cluster():
-    made = Cluster.of_profile(MEASURED)
+    made = Cluster.of_machine(MEASURED)
     assert made.topology == MEASURED.topology()
     assert (made.parameter_bytes, made.gradient_bytes) == (4e6, 4e6)
     assert (made.gather_seconds(2), made.reduce_seconds(2)) == pytest.approx((4e6 / 15e6, 4e6 / 12e6))
     assert (made.root_share, made.overlap, made.host, made.shape) == (0.4, 0.8, MEASURED.host, SHAPE)
-    half = Cluster.of_profile(replace(MEASURED, element_bytes=2), stages=2, sharding="replicated")
+    half = Cluster.of_machine(replace(MEASURED, element_bytes=2), stages=2, sharding="replicated")
     assert (half.parameter_bytes, half.gradient_bytes, half.stage_token_bytes) == (1e6, 2e6, 128.0)
     with pytest.raises(PlanError, match="stages is 0"):
-        Cluster.of_profile(MEASURED, stages=0)
+        Cluster.of_machine(MEASURED, stages=0)
 
 
 def test_collectives_elsewhere_are_scaled_as_the_links_say():
     """An all-gather moves (n - 1) / n of its result over each link: 3/4 on the four ranks that measured."""
     for ranks, link, times in ((8, LAN, 7 / 6), (4, Link(bandwidth=40e6), 1 / 2), (1024, LAN, 1023 / 1024 * 4 / 3)):
         topology = Topology(world_size=ranks, ranks_per_node=1, inter=link)
-        made = Cluster.of_profile(MEASURED, topology)
+        made = Cluster.of_machine(MEASURED, topology)
         assert made.gather_seconds(2) == pytest.approx(times * 4e6 / 15e6)
         assert made.reduce_seconds(2) == pytest.approx(times * 4e6 / 12e6)
-    assert Cluster.of_profile(MEASURED, Topology(world_size=1)).gather_seconds(2) == 0.0
-    unmeasured = Cluster.of_profile(replace(MEASURED, gather_bandwidth=0.0, reduce_bandwidth=0.0))
+    assert Cluster.of_machine(MEASURED, Topology(world_size=1)).gather_seconds(2) == 0.0
+    unmeasured = Cluster.of_machine(replace(MEASURED, gather_bandwidth=0.0, reduce_bandwidth=0.0))
     assert unmeasured.gather_seconds(2) == pytest.approx(4e6 * 3 / 4 / 20e6 + 2 * 2 * 1e-4)
 
 
 def test_the_command_says_where_a_profile_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     commanded(tmp_path, MEASURED, "auto", 1024)
     assert "measured on" not in capsys.readouterr().out
-    commanded(tmp_path, replace(MEASURED, world_size=2, ranks_per_node=2), "auto", 1024)
+    commanded(tmp_path, replace(MEASURED, nodes=(2,)), "auto", 1024)
     assert "measured on 2 ranks, 2 a node, not 4, 1 a node" in capsys.readouterr().out
 
 
@@ -154,8 +154,8 @@ def test_older_files_are_refused(tmp_path: Path):
     MEASURED.write(tmp_path / "p.json")
     fields = json.loads((tmp_path / "p.json").read_text())
     (tmp_path / "p.json").write_text(json.dumps({**fields, "format": 1}))
-    with pytest.raises(PlanError, match=r"p\.json' is a profile of another version, .* run hdp profile again"):
-        Profile.read(tmp_path / "p.json")
+    with pytest.raises(PlanError, match=r"p\.json' is of another version, .* run hdp profile again"):
+        Machine.read(tmp_path / "p.json")
 
 
 def test_more_layers_have_more_parameters():
@@ -228,7 +228,7 @@ def test_what_sharding_takes_the_host():
         assert ranks.run(timed) == [(pytest.approx(1.5 * SHARDED), True)] * 2
 
 
-def profiled(world: Any, dtype: torch.dtype) -> tuple[Profile, float]:
+def profiled(world: Any, dtype: torch.dtype) -> tuple[Machine, float]:
     model = tiny_model(dtype)
     with pytest.MonkeyPatch.context() as patch:  # measured all the same
         patch.setattr(hdp.parallel.profile, "sharding_seconds", lambda *given: 0.25 + 0.0 * sharding_seconds(*given))
@@ -248,4 +248,4 @@ def test_profile_measures_all_that_a_cluster_needs(dtype: torch.dtype, tmp_path:
     assert min(made.gather_bandwidth, made.reduce_bandwidth) > 0
     assert made.sharding_seconds == pytest.approx(0.25)
     made.write(tmp_path / "p.json")
-    assert Profile.read(tmp_path / "p.json") == made
+    assert Machine.read(tmp_path / "p.json") == made
