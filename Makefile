@@ -19,7 +19,7 @@ SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/*.h)
 .PHONY: train test fuzz matrix lint types format install recipe-smollm2 figures clean
 
 train: $(VENV)/.recipes  ## fine-tune a small Llama on Python's standard library, over two ranks
-	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/finetune.py $(ARGS)
+	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/finetune.py --capacity 2048 $(ARGS)
 
 recipe-smollm2: $(VENV)/.smollm2  ## a few steps on a pretrained model
 	$(BIN)/torchrun --standalone --nproc-per-node $(NPROC) examples/smollm2.py $(ARGS)

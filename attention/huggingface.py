@@ -153,7 +153,9 @@ def hdp_attention(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     _check_direction(module, attention_mask, bool(causal))
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # rotations leave queries and keys wider than values; sdpa casts them, too
+    if device != "meta" and torch.is_autocast_enabled(
+        device
+    ):  # rotations leave queries and keys wider than values; sdpa casts them, too
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))
     out = attend(q, k, v, route=hdp_route, scale=scaling, causal=bool(causal), window=window, softcap=softcap or 0.0)

@@ -17,7 +17,6 @@ from torch import Tensor
 from hdp.attention.auto import Chooser, parse_schedule, resolve
 from hdp.attention.backends import Backend, backend_names, resolve_backend
 from hdp.attention.bound import Bound, Workspace
-from hdp.attention.bundle import Structure, bundles_of, structure_of
 from hdp.attention.calls import Calls
 from hdp.attention.channel import Channel
 from hdp.attention.executor import Executor
@@ -26,6 +25,7 @@ from hdp.attention.lower import Task, lower
 from hdp.attention.lowered import Geometry, Lowered
 from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
+from hdp.attention.tasks import Part, tasks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,13 +220,10 @@ class Route:
         self.calls = Calls()
         """Names of the attention calls on this route, and the order in which they ran."""
         self._programs: dict[tuple[LayerKey, bool], Bound] = {}
-        self._rows: list[int] = []
-        """First row of each shard."""
         row = 0
         for shard in self.shards:
             parse_layout(shard.layout)
             size = len(shard.group)
-            self._rows.append(row)
             row += shard.length // size + (shard.group.index(runtime.rank) < shard.length % size)
         self.tokens = row
         """Rows of this rank's packed tensors. A plain attribute: torch.compile cannot read a cached property."""
@@ -255,19 +252,17 @@ class Route:
 
     def _tasks(self, key: LayerKey, backward: bool) -> list[Task]:
         """The micro-batch's sequences, those of one group, structure and schedule together."""
-        bundles: dict[tuple[tuple[int, ...], tuple[str, str], Structure], list[tuple[int, int, int]]] = {}
-        for shard, row in zip(self.shards, self._rows, strict=True):
-            size = len(shard.group)
-            names = ("local", "local") if size == 1 else self.schedules(shard, key)
-            structure = structure_of(shard.layout, shard.length, size, key.mask)
-            bundles.setdefault((shard.group, names, structure), []).append((shard.sequence, shard.length, row))
-        tasks = []
-        for (group, names, structure), members in bundles.items():
-            numbers, lengths, rows = zip(*members, strict=True)
-            member = group.index(self.runtime.rank)
-            made = bundles_of(structure, names[backward], group, member, numbers, lengths, rows)
-            tasks += [Task(bundle, names) for bundle in made]
-        return tasks
+        parts = [
+            Part(
+                sequence=shard.sequence,
+                length=shard.length,
+                group=shard.group,
+                layout=shard.layout,
+                names=self.schedules(shard, key),
+            )
+            for shard in self.shards
+        ]
+        return tasks_of(parts, self.runtime.rank, key.mask, backward)
 
     def schedules(self, shard: RouteShard, key: LayerKey) -> tuple[str, str]:
         """Forward and backward schedule of one sequence, ``"auto"`` resolved. Raises ValueError if it cannot be."""

@@ -1,6 +1,6 @@
-"""How long the machine takes to be known at the start of a job, and what knowing slow ranks is worth.
+"""How long the machine takes to be known at the start of a job, what knowing slow ranks is worth, and memory foreseen.
 
-    python benchmarks/machine.py --cluster PATH [--only first,unlike] [--keep FILE]        (about 12 minutes)
+    python benchmarks/machine.py --cluster PATH [--only first,unlike] [--keep FILE]        (about 30 minutes)
 
 A Llama of 4 layers, width 256, 8 heads, FSDP2, AdamW; 40 log-normal documents of 16,072 tokens in all, capacity 1,024.
 
@@ -12,6 +12,8 @@ A Llama of 4 layers, width 256, 8 heads, FSDP2, AdamW; 40 log-normal documents o
   that knows them, in turn in the same processes, the order alternating; median of the rounds' ratios, second smallest and
   second largest in brackets. 32 documents of 150 to 770 tokens, links of 200 Mbit/s; 1.5 is ideal. ``unlike_tail``: the same
   for the 40 documents, of which four are longer than the capacity.
+
+- ``memory_median``, ``memory_worst``: how far a rank's foreseen peak is from the measured one (``machine_memory.py``).
 
 ``--only`` runs some parts; with ``--keep`` each leaves its figures in FILE, and the last line has those of all parts kept. PATH
 is a program that starts one process per host: ``PATH -n RANKS -r RATE [-p] -c CPU_PERCENTS -- COMMAND``. The last line of the
@@ -33,8 +35,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import machine_memory
+
 HOSTS, CAPACITY, ROUNDS = 4, 1024, 9
-PARTS = ("first", "links", "unlike")
+PARTS = ("first", "links", "unlike", "memory")
 WHOLE = [150 + 20 * i for i in range(32)]
 """Tokens of documents, each of which one rank can hold."""
 
@@ -160,6 +164,12 @@ def unlike(cluster: str, rounds: int) -> dict[str, Any]:
     return figures
 
 
+def memory(cluster: str, rounds: int) -> dict[str, Any]:
+    """Ranks of this machine, without a cluster."""
+    found = machine_memory.measure()
+    return {name: value for name, value in found.items() if name.startswith("memory_")}
+
+
 def show(name: str, found: dict[str, Any]) -> None:
     mbit = ", ".join(f"{rate:.1f}" for rate in found["mbit"])
     cost, host = found["machine"]["cost"], found["machine"]["host"]
@@ -184,7 +194,7 @@ def main() -> None:
         sys.exit("give --cluster PATH")
     keep = arguments.keep
     figures: dict[str, Any] = json.loads(keep.read_text()) if keep and keep.exists() else {}
-    parts = {"first": first, "links": links, "unlike": unlike}
+    parts = {"first": first, "links": links, "unlike": unlike, "memory": memory}
     for name in arguments.only.split(","):
         figures |= parts[name](arguments.cluster, arguments.rounds)
         if keep:

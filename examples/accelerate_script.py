@@ -31,7 +31,12 @@ def parse_arguments() -> argparse.Namespace:
         "--tokenizer", default="bytes", help="'bytes', a folder, or a .gguf file (default: %(default)s)"
     )
     parser.add_argument("--max-length", type=int, default=4096, help="in tokens (default: %(default)s)")
-    parser.add_argument("--capacity", type=int, default=2048, help="tokens a rank holds at once (default: %(default)s)")
+    parser.add_argument(
+        "--capacity",
+        type=hdp.report.tokens_or_auto,
+        default="auto",
+        help="tokens a rank holds at once; auto: what fits its memory (default: %(default)s)",
+    )
     parser.add_argument("--tokens-per-step", type=int, default=12288, help="of all ranks (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")
     parser.add_argument("--lr", type=float, default=2e-3, help="default: %(default)s")

@@ -50,7 +50,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     plan = parser.add_argument_group("plan")
     plan.add_argument("--planner", default="naive", help="how documents are laid over ranks (default: %(default)s)")
-    plan.add_argument("--capacity", type=int, default=2048, help="tokens a rank holds at once (default: %(default)s)")
+    plan.add_argument(
+        "--capacity",
+        type=hdp.report.tokens_or_auto,
+        default="auto",
+        help="tokens a rank holds at once; auto: what fits its memory (default: %(default)s)",
+    )
     plan.add_argument("--tokens-per-step", type=int, default=12288, help="of all ranks together (default: %(default)s)")
     plan.add_argument(
         "--schedule",
@@ -150,7 +155,12 @@ def main(argv: list[str] | None = None) -> None:
         recompute="auto" if args.activations == "plan" else "off",
     )
 
-    settings = {"arguments": vars(args), "model": model.config.to_dict(), "parameters": model.num_parameters()}
+    settings = {
+        "arguments": vars(args),
+        "capacity": loader.capacity,
+        "model": model.config.to_dict(),
+        "parameters": model.num_parameters(),
+    }
     with contextlib.ExitStack() as cleanup:
         if args.activations != "keep":
             opened = hdp.Activations.open(world, policy=args.activations, folder=args.scratch)

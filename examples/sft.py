@@ -41,7 +41,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=2000, help="use so many at most (default: %(default)s)")
     parser.add_argument("--model", help="folder with model and tokenizer; default: a small Llama over bytes, untrained")
     parser.add_argument("--max-length", type=int, default=4096, help="in tokens (default: %(default)s)")
-    parser.add_argument("--capacity", type=int, default=2048, help="tokens a rank holds at once (default: %(default)s)")
+    parser.add_argument(
+        "--capacity",
+        type=hdp.report.tokens_or_auto,
+        default="auto",
+        help="tokens a rank holds at once; auto: what fits its memory (default: %(default)s)",
+    )
     parser.add_argument("--tokens-per-step", type=int, default=12288, help="of all ranks (default: %(default)s)")
     parser.add_argument("--lora", type=int, default=0, help="rank of LoRA adapters; 0: all weights are trained")
     parser.add_argument("--steps", type=int, default=40, help="default: %(default)s")

@@ -33,7 +33,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-length", type=int, default=4096, help="in tokens (default: %(default)s)")
     parser.add_argument("--held-out", type=float, default=0.02, help="share of documents (default: %(default)s)")
     parser.add_argument("--held-out-tokens", type=int, default=16384, help="measure with so many (%(default)s)")
-    parser.add_argument("--capacity", type=int, default=2048, help="tokens a rank holds at once (default: %(default)s)")
+    parser.add_argument(
+        "--capacity",
+        type=hdp.report.tokens_or_auto,
+        default="auto",
+        help="tokens a rank holds at once; auto: what fits its memory (default: %(default)s)",
+    )
     parser.add_argument("--tokens-per-step", type=int, default=12288, help="of all ranks (default: %(default)s)")
     parser.add_argument("--engine", default="fsdp", help="fsdp or ddp (default: %(default)s)")
     parser.add_argument("--regime", default="step", help="step or slot (default: %(default)s)")

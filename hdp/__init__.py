@@ -2,7 +2,7 @@
 
     world = hdp.init()                                     # under torchrun, or alone
     engine = hdp.shard(model, world)                       # a transformers model with attn_implementation="hdp"
-    for batch in hdp.Loader(documents, engine, tokens_per_step=65536, capacity=8192):
+    for batch in hdp.Loader(documents, engine, tokens_per_step=65536):
         result = engine.forward_backward(batch)
         optimizer.step()
         optimizer.zero_grad()

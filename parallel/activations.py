@@ -107,7 +107,7 @@ class Activations:
                 if world.device.type != "cpu" and host_bytes != 0:
                     tiers.append(HostTier(budget=host_bytes, device=world.device))
                 if folder is not None:
-                    tiers.append(FileTier(folder, device=world.device, sharers=_processes_per_node(world)))
+                    tiers.append(FileTier(folder, device=world.device, sharers=processes_per_node(world)))
                 if not tiers and not (ratio == 0.0 and policy in (PLANNED, "recompute", "keep")):
                     raise ValueError(
                         "activations have nowhere to go: give folder=, on a local disk, or ratio=0.0 to recompute alone"
@@ -259,7 +259,7 @@ def _least(world: World, value: int) -> int:
     return int(found)
 
 
-def _processes_per_node(world: World) -> int:
+def processes_per_node(world: World) -> int:
     """Processes that share a node's disk, where nodes are alike; else those of the whole job."""
     names = world.mesh.mesh_dim_names or ()
     return (world.runtime.ranks_per_node or world.world_size) * (world.mesh["tp"].size() if "tp" in names else 1)

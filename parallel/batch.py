@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hdp.attention.route import AttentionRuntime, Route, RouteShard
+from hdp.balance.foresee import Foreseen
 from hdp.balance.machine import Machine
 from hdp.balance.plan import MicroBatch, Plan
 from hdp.parallel.loss import IGNORE_INDEX
@@ -52,6 +53,8 @@ class PlannedBatch:
     """``"token"``: every label token counts alike. ``"sample"``: every document does, however long it is."""
     machine: Machine | None = None
     """What it was planned for, by which the schedule ``"auto"`` is chosen; None: not known."""
+    foreseen: Foreseen | None = None
+    """The rank that is to hold most, and what; None: not known."""
 
     @property
     def tokens(self) -> int:

@@ -27,17 +27,27 @@ MOST_PENDING = 2
 
 
 class TimedWork(dist.Work):
-    """A collective under way; notes how long the rank was held when it was waited for."""
+    """A collective under way; notes how long the rank was held when it was waited for.
+
+    Afterwards it lets go of the collective, which holds what it has read and written: of a step's gathers the parameters once
+    more, as long as somebody remembers them.
+    """
 
     def __init__(self, work: dist.Work, waits: Waits) -> None:
         super().__init__()
-        self.work, self.waits, self.done = work, waits, False
+        self.work: dist.Work | None = work
+        self.waits = waits
+
+    @property
+    def done(self) -> bool:
+        """Whether it was waited for."""
+        return self.work is None
 
     def wait(self, *timeout: Any) -> bool:
-        if not self.done:
+        if self.work is not None:
             start = time.perf_counter()
             self.work.wait(*timeout)
-            self.done = True
+            self.work = None
             self.waits.append((start, time.perf_counter()))
         return True
 

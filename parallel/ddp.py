@@ -15,10 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from hdp.balance.foresee import ADAM
+from hdp.balance.held import EngineMemory
 from hdp.balance.plan import Plan
 from hdp.parallel.arrangement import Arrangement, Work, works
 from hdp.parallel.batch import MicroBatchInputs
 from hdp.parallel.engine import Engine
+from hdp.parallel.footprint import bare_model
 from hdp.parallel.gradients import Earlier
 from hdp.parallel.models import check_attention, check_no_tensor_parallel, check_trained_dtype, check_unwrapped
 from hdp.parallel.world import World
@@ -35,6 +38,19 @@ class DDPEngine(Engine):
         self._reduces = True
         self._earlier = Earlier(copied=True)  # buckets are reduced whole: what is there would count once a rank
         wrapper.register_comm_hook(None, sum_bucket)
+
+    def engine_memory(self) -> EngineMemory:
+        stored = self.dtype.itemsize
+        return EngineMemory(
+            kind="ddp",
+            regime="step",
+            sharers=1,
+            ranks=self.world.world_size,
+            stored=stored,
+            computed=stored,
+            reduced=stored,
+            optimizer=ADAM * stored,
+        )
 
     def _works(self, plan: Plan) -> list[Work]:
         return works(plan, self.world.rank, Arrangement(closing=False))
@@ -87,6 +103,7 @@ def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = 
     check_trained_dtype(model)
     check_attention(model)
     model.to(world.device)
+    bare = bare_model(model)
     wrapper = DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.type == "cuda" else None,
@@ -95,7 +112,9 @@ def replicate(model: nn.Module, world: World, *, find_unused_parameters: bool = 
         gradient_as_bucket_view=True,
         bucket_cap_mb=bucket_mb,
     )
-    return DDPEngine(model, world, wrapper)
+    engine = DDPEngine(model, world, wrapper)
+    engine.bare = bare
+    return engine
 
 
 def sum_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hdp.balance.foresee import ADAM
+from hdp.balance.held import EngineMemory
 from hdp.balance.plan import REGIMES, Plan
 from hdp.parallel.arrangement import Work, arrange, works
 from hdp.parallel.engine import Engine
@@ -65,6 +67,22 @@ class DeepSpeedEngine(Engine):
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         raise ValueError("DeepSpeed clips by itself: set gradient_clipping in its configuration")
+
+    def engine_memory(self) -> EngineMemory:
+        computed = self.dtype.itemsize
+        # A 16-bit model has fp32 weights beside Adam's two numbers.
+        optimizer = ADAM * 4 + (4 if computed < 4 else 0)
+        return EngineMemory(
+            kind="zero",
+            regime=self.regime,
+            sharers=self.world.world_size,
+            ranks=self.world.world_size,
+            stored=computed,
+            computed=computed,
+            reduced=computed,
+            optimizer=optimizer,
+            stage=self.stage,
+        )
 
     def _works(self, plan: Plan) -> list[Work]:
         return works(plan, self.world.rank, arrange(plan))

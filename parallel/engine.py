@@ -12,6 +12,8 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,14 +21,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hdp.attention.checkpoint import keep_attention_in
+from hdp.balance.held import EngineMemory
 from hdp.balance.machine import Machine
 from hdp.balance.plan import Plan
-from hdp.parallel.activations import Activations, needs_store
+from hdp.parallel.activations import Activations, needs_store, processes_per_node
 from hdp.parallel.arrangement import Arrangement, Work, arrange, works
 from hdp.parallel.batch import Documents, Fields, MicroBatchInputs, PlannedBatch, build_inputs
+from hdp.parallel.fitting import AUTO, capacity_of, whole_number
+from hdp.parallel.foresight import Foresight, foresight_of
 from hdp.parallel.gradients import global_norm
-from hdp.parallel.loader import Loader, check_sequence, measured, whole_number
+from hdp.parallel.loader import Loader, check_sequence, measured
 from hdp.parallel.loss import loss_sum
+from hdp.parallel.memory import RankMemory
+from hdp.parallel.memory_log import MemoryLog
 from hdp.parallel.metrics import TIMELINE_WORLD, Span, StepResult, gather_numbers, gather_spans, pack_spans
 from hdp.parallel.models import (
     NO_SCALER,
@@ -39,6 +46,7 @@ from hdp.parallel.models import (
 )
 from hdp.parallel.order import CallOrder
 from hdp.parallel.rotations import find_long_rotations, rotated_by_document
+from hdp.parallel.schedules import chooser_of
 from hdp.parallel.world import World
 
 logger = logging.getLogger("hdp")
@@ -78,11 +86,29 @@ class Engine:
         """What its loaders plan for, where they are given no machine of their own; None: found when a loader needs it."""
         self.is_assumed = False
         """Whether it has been said what is assumed of the model."""
+        self.bare: tuple[nn.Module, list[nn.Module]] | None = None
+        """The model as it was before it was wrapped, without data, and its layers; None: not known."""
+        self.memory = RankMemory(world.device, [*model.parameters(), *model.buffers()], processes_per_node(world))
+        self.memory_limit = float(gather_numbers(world, self.memory.limit).min())
+        """Bytes that every rank has for training: of the one that has least."""
+        self.memory_log = MemoryLog(world)
         world.channel.notes_waits = True
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
 
     # ------------------------------------------------------------ what users call
+
+    @cached_property
+    def foresight(self) -> Foresight | None:
+        """What ranks hold in a step of a plan, before it runs; None where nothing is known of the model or the engine."""
+        return foresight_of(self)
+
+    def foresee(self, machine: Machine | None = None) -> Foresight | None:
+        """:attr:`foresight` with what the user has set by now to become of activations; ``machine``: what plans are for."""
+        if self.foresight is None:
+            return None
+        chooser = None if machine is None else chooser_of(machine)
+        return replace(self.foresight, activations=self.activations, chooser=chooser)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """This rank's (sharded) parameters, for the optimizer."""
@@ -124,13 +150,14 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(
-        self, documents: Documents, *, capacity: int, planner: str = "auto", tokens_per_step: int = 0
+        self, documents: Documents, *, capacity: int | str = AUTO, planner: str = "auto", tokens_per_step: int = 0
     ) -> float:
         """Mean loss over the label tokens of ``documents``, spread over all ranks; nan if they have none. A collective.
 
         Args:
             documents: as of :class:`~hdp.parallel.loader.Loader`, the same on all ranks.
-            capacity: tokens that one rank holds in one micro-batch; more where a document is longer than all ranks' together.
+            capacity: tokens that one rank holds in one micro-batch (``"auto"``: as in training); more where a document is
+                longer than all ranks' together.
             tokens_per_step: of a batch over all ranks; 0: four times their capacity.
 
         Raises as :class:`~hdp.parallel.loader.Loader` does.
@@ -138,11 +165,23 @@ class Engine:
         # Nothing is saved for backward: what trains only with offload or recomputation is evaluated without.
         check_sequence(documents)
         documents = measured(documents)
-        capacity = whole_number("capacity", capacity)
+        most = max(tokens_per_step, int(documents.lengths.sum()), 1)
+        found = (
+            capacity_of(capacity, self.world, most, None) if capacity == AUTO else whole_number("capacity", capacity)
+        )
+        capacity = found
         if capacity > 0:  # what is not is for the loader to refuse
             capacity = max(capacity, -(-int(documents.lengths.max()) // self.world.world_size))
         tokens_per_step = tokens_per_step or 4 * capacity * self.world.world_size
-        loader = Loader(documents, self, tokens_per_step=tokens_per_step, capacity=capacity, planner=planner, seed=None)
+        loader = Loader(
+            documents,
+            self,
+            tokens_per_step=tokens_per_step,
+            capacity=capacity,
+            planner=planner,
+            seed=None,
+            memory=math.inf,  # nothing is kept for backward
+        )
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         total, weight = 0.0, 0.0
@@ -183,6 +222,10 @@ class Engine:
         return norm
 
     # ------------------------------------------------------------ for subclasses
+
+    def engine_memory(self) -> EngineMemory | None:
+        """How parameters and gradients are held; None: not known."""
+        return None
 
     def _works(self, plan: Plan) -> list[Work]:
         """This rank's micro-batches of one step, in order."""
@@ -238,6 +281,7 @@ class Engine:
         spans += [self._span(-1, "wait", a - begin, b - begin) for a, b in self.waits]
         world.guard.enter(f"after step {batch.step}")
         result = self._result(batch, total, seconds, spans, order)
+        self.memory_log.note(result)
         self._accept()
         return result
 
@@ -260,7 +304,8 @@ class Engine:
         waited = sum(b - a for a, b in self.waits)
         packed = pack_spans(spans)
         peak = self.world.runtime.peak_bytes
-        table = gather_numbers(self.world, total, seconds, waited, len(packed), peak, order.number())
+        taken = self.memory.peak
+        table = gather_numbers(self.world, total, seconds, waited, len(packed), peak, order.number(), taken)
         order.check(self.world, table[:, 5], f"step {batch.step}")
         longest = int(table[:, 3].max())
         gathered = gather_spans(self.world, packed, longest) if self.world.world_size <= TIMELINE_WORLD else ()
@@ -273,6 +318,8 @@ class Engine:
             busy_seconds=tuple((table[:, 1] - table[:, 2]).tolist()),
             wait_seconds=tuple(table[:, 2].tolist()),
             attention_bytes=int(table[:, 4].max()),
+            peak_bytes=tuple(int(n) for n in table[:, 6].tolist()),
+            foreseen=batch.foreseen,
             spans=gathered,
         )
 

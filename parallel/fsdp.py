@@ -27,10 +27,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from hdp.balance.foresee import ADAM
+from hdp.balance.held import EngineMemory
 from hdp.balance.plan import REGIMES
 from hdp.parallel.arrangement import Work
 from hdp.parallel.collectives import Beside, forget_gradients, is_sharded, reduced_as_stored
 from hdp.parallel.engine import Engine
+from hdp.parallel.footprint import bare_model
 from hdp.parallel.gradients import Earlier
 from hdp.parallel.models import (
     check_alike,
@@ -41,6 +44,9 @@ from hdp.parallel.models import (
     output_head,
 )
 from hdp.parallel.world import World
+
+GLOO_GATHERS, GLOO_REDUCTIONS = 1, 1
+"""Copies of what it moves that gloo makes while a gather, or a reduction, is under way."""
 
 
 class FSDPEngine(Engine):
@@ -54,9 +60,11 @@ class FSDPEngine(Engine):
         *,
         plain_reductions: bool = False,
         dtype: torch.dtype | None = None,
+        mesh: DeviceMesh | None = None,
+        bare: tuple[nn.Module, list[nn.Module]] | None = None,
     ) -> None:
         super().__init__(model, world, dtype)
-        self.regime = regime
+        self.regime, self.mesh, self.bare = regime, mesh, bare
         self._earlier = Earlier()
         self._is_running = self._has_failed = False
         self.modules: list[FSDPModule] = [m for m in model.modules() if isinstance(m, FSDPModule)]
@@ -77,6 +85,30 @@ class FSDPEngine(Engine):
     def parameters(self) -> Iterator[nn.Parameter]:
         self._forget_gathered()  # a plain forward pass leaves others in their place
         return super().parameters()
+
+    def engine_memory(self) -> EngineMemory | None:
+        mesh, groups = self.mesh, [g for m in self.modules for g in m._get_fsdp_state()._fsdp_param_groups]
+        parameters = list(self.model.parameters())
+        if mesh is None or not groups or not parameters:
+            return None
+        policy = groups[0].mp_policy
+        stored = parameters[0].dtype
+        reduced = policy.reduce_dtype or policy.param_dtype or stored
+        is_away = any(p.device.type != self.world.device.type for p in parameters)  # offload_policy
+        is_cpu = self.world.device.type == "cpu"
+        return EngineMemory(
+            kind="fsdp",
+            regime=self.regime,
+            sharers=mesh.size(mesh.ndim - 1),
+            ranks=self.world.world_size,
+            stored=0 if is_away else stored.itemsize,
+            computed=self.dtype.itemsize,
+            reduced=reduced.itemsize,
+            optimizer=0.0 if is_away else ADAM * stored.itemsize,
+            beside=self.beside is not None and self.beside.allowed,
+            gather_copies=GLOO_GATHERS if is_cpu else 0,
+            reduce_copies=GLOO_REDUCTIONS if is_cpu else 0,
+        )
 
     def _forget_gathered(self, *_: object) -> None:
         """Before a forward pass that is not the engine's, too: what the last one gathered may be other weights by now."""
@@ -202,6 +234,8 @@ def shard(
     offloaded = isinstance(offload_policy, CPUOffloadPolicy)
     if not offloaded:
         model.to(world.device)
+    computed = mp_policy.param_dtype if mp_policy is not None else None
+    bare = bare_model(model, wrapped, computed)
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": regime == "slot"}
     options["mp_policy"] = mp_policy or MixedPrecisionPolicy(reduce_dtype=torch.float32)
     options["offload_policy"] = offload_policy or OffloadPolicy()
@@ -216,8 +250,7 @@ def shard(
     if has_rare_parameters(model, wrapped):
         for layer in wrapped:  # before FSDP2's own hook, which looks at what requires gradients
             layer.register_forward_pre_hook(require_gradient, prepend=True, with_kwargs=True)
-    computed = options["mp_policy"].param_dtype
-    return FSDPEngine(model, world, regime, plain_reductions=plain, dtype=computed)
+    return FSDPEngine(model, world, regime, plain_reductions=plain, dtype=computed, mesh=mesh, bare=bare)
 
 
 def mark_replaced(before: list[tuple[str, weakref.ref[nn.Parameter]]], model: nn.Module) -> None:

@@ -22,13 +22,15 @@ import torch.distributed as dist
 
 from hdp.balance import Topology, evaluate, make_plan
 from hdp.balance.cost import default_cost
+from hdp.balance.foresee import Foreseen
 from hdp.balance.machine import Machine
-from hdp.balance.plan import Plan, PlanError
+from hdp.balance.plan import DoesNotFit, Plan, PlanError
 from hdp.balance.planners import STOPPED_BY_TIME
 from hdp.balance.report import describe_price
 from hdp.parallel.agreement import agree
 from hdp.parallel.batch import REDUCTIONS, Documents, PlannedBatch, read_document
 from hdp.parallel.errors import PlanMismatch
+from hdp.parallel.fitting import AUTO, Fits, capacity_of, check_memory, whole_number
 from hdp.parallel.machine import find_machine
 from hdp.parallel.metrics import gather_numbers
 from hdp.parallel.schedules import check_chooser
@@ -48,9 +50,10 @@ class Known:
     machine: Machine | None
     options: dict[str, Any]
     """Of the planner."""
+    fits: Fits
+    """What plans have to fit."""
     run: str
     """Hash of what decides which batches are drawn."""
-
     chooser: str = ""
     """Of the schedule "auto", where the user set one of their own."""
 
@@ -72,7 +75,8 @@ class Loader:
         documents: see :class:`Documents`. Without an attribute ``lengths`` every document is read once to measure it.
         tokens_per_step: tokens of a global batch. A document that would exceed it begins the next batch; one that is longer
             alone makes a batch of its own.
-        capacity: tokens that one rank holds in one micro-batch.
+        capacity: tokens that one rank holds in one micro-batch. ``"auto"``: as many as fit the memory of a rank, by what the
+            engine (made before) foresees of it, with a margin; rank 0 says how many.
         planner: name of a planner (``hdp.balance``), or a function with the signature of ``hdp.balance.make_plan``.
         seed: of the shuffle; None keeps the documents' order.
         steps: batches to yield; None: one epoch.
@@ -82,12 +86,16 @@ class Loader:
         ahead: batches planned in advance, in the background.
         machine: what to plan for in place of the engine's: a :class:`~hdp.balance.machine.Machine`, a file of one
             (``hdp profile --out``), or ``"assume"``, from model and device.
+        memory: bytes that training may take on every rank, equal on all of them; None: what the engine found. A plan that is
+            foreseen to take more is made again with smaller micro-batches, which means more ranks for long documents, and
+            offload or recomputation where these are allowed; what does not fit so is refused.
         plan_options: handed to the planner: ``offload`` and ``recompute``.
 
     Raises:
         ValueError: no documents, a stream of them, no positive token count or capacity, an unknown option, no machine of a
             device of which nothing is known.
-        hdp.balance.PlanError: a batch that cannot be planned (a document longer than world x capacity, an unknown planner).
+        hdp.balance.PlanError: a batch that cannot be planned (a document longer than world x capacity, an unknown planner), or
+            would not fit memory.
         PlanMismatch: ranks that see different documents or made different plans.
     """
 
@@ -97,7 +105,7 @@ class Loader:
         engine: Engine,
         *,
         tokens_per_step: int,
-        capacity: int,
+        capacity: int | str = "auto",
         planner: str | Planner = "auto",
         seed: int | None = 0,
         steps: int | None = None,
@@ -105,14 +113,12 @@ class Loader:
         start: int = 0,
         ahead: int = 2,
         machine: Machine | str | Path | None = None,
+        memory: float | None = None,
         **plan_options: Any,
     ) -> None:
         check_engine(engine)
         check_sequence(documents)
-        capacity = whole_number("capacity", capacity)
         tokens_per_step = whole_number("tokens_per_step", tokens_per_step)
-        if capacity < 1:
-            raise PlanError(f"capacity is {capacity}: a rank must hold at least one token of a micro-batch")
         if tokens_per_step < 1:
             raise ValueError(f"tokens_per_step is {tokens_per_step}: a step needs at least one token")
         if steps is not None and not 0 <= start < steps:
@@ -120,15 +126,19 @@ class Loader:
         if reduction not in REDUCTIONS:
             raise ValueError(f"unknown reduction {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
         self.documents, self.engine, self.world, self.reduction = documents, engine, engine.world, reduction
-        self.tokens_per_step, self.capacity, self.planner, self.seed = tokens_per_step, capacity, planner, seed
+        self.memory = check_memory(memory)
+        self.tokens_per_step, self.planner, self.seed = tokens_per_step, planner, seed
         self.steps, self.start, self.ahead, self.plan_options = steps, start, max(ahead, 1), plan_options
+        self._foreseen: dict[tuple[int, ...], Foreseen | None] = {}
         self.lengths = document_lengths(documents)
         if int(self.lengths.sum()) == 0:
             raise ValueError(f"all {len(documents)} documents are empty: there is nothing to train on")
+        self._is_found = capacity == AUTO
+        self.capacity = capacity_of(capacity, engine, max(tokens_per_step, int(self.lengths.max())), memory)
         # Ranks whose first batches agree could still part later, one waiting for a batch that the other never draws.
         run = hashlib.sha256(np.ascontiguousarray(self.lengths, dtype="<i8").tobytes())
         name = planner if isinstance(planner, str) else "a function"
-        run.update(repr((tokens_per_step, capacity, seed, steps, start, name)).encode())
+        run.update(repr((tokens_per_step, self.capacity, memory, seed, steps, start, name)).encode())
         self._run = run.hexdigest()
         if isinstance(planner, str):
             check_plan_options(plan_options)
@@ -139,7 +149,8 @@ class Loader:
         if isinstance(planner, str):
             # An unknown planner, or a document that fits nowhere, ends here and not hours later.
             longest = int(self.lengths.argmax())
-            self._make((longest,), make_plan, known.options, planner=planner)
+            self._make((longest,), make_plan, known, planner=planner)
+            self._foreseen.clear()
         self._told = self._has_warned = False
         self._prices: dict[tuple[int, ...], list[str]] = {}
 
@@ -216,6 +227,7 @@ class Loader:
             if step >= self.start:
                 plan = self._plan(indices, known)
                 self._prices.pop(indices, None)
+                self._foreseen.pop(indices, None)
                 yield indices, plan
 
     def _draw(self) -> Iterator[tuple[int, ...]]:
@@ -241,17 +253,23 @@ class Loader:
 
     def _plan(self, indices: tuple[int, ...], known: Known) -> Plan:
         if not isinstance(self.planner, str):
-            return self._make(indices, self.planner, known.options)
-        plan = self._make(indices, make_plan, known.options, planner=self.planner)
+            return self._make(indices, self.planner, known)
+        plan = self._make(indices, make_plan, known, planner=self.planner)
         self._note_price(indices, plan, known.options)
         return plan
 
-    def _make(self, indices: tuple[int, ...], make: Planner, options: dict[str, Any], **planner: str) -> Plan:
+    def _make(self, indices: tuple[int, ...], make: Planner, known: Known, **planner: str) -> Plan:
         lengths = self.lengths[list(indices)]
+
+        def made(capacity: int) -> Plan:
+            return make(lengths, world_size=self.world.world_size, capacity=capacity, **planner, **known.options)
+
         try:
-            plan = make(lengths, world_size=self.world.world_size, capacity=self.capacity, **planner, **options)
+            plan, self._foreseen[indices] = known.fits.plan(made, self.capacity)
         except PlanError as error:  # planners count sequences of the batch, users documents
             text = re.sub(r"\bsequence (\d+)\b", lambda found: f"document {indices[int(found[1])]}", str(error))
+            if self._is_found and isinstance(error, DoesNotFit) and "would take" not in text:
+                text += f"; the capacity, {self.capacity}, is what the memory of a rank was found to hold (memory=...)"
             raise type(error)(text) from error
         if not planner:  # the user's own
             plan.validate()
@@ -266,7 +284,10 @@ class Loader:
                 machine = self.engine.activations.known_to(machine)
             options |= {"cost": machine.cost, "topology": machine.topology()}
         chooser = self.world.runtime.chooser
-        return Known(machine=machine, options=options, run=self._run, chooser=repr(chooser) if chooser else "")
+        fits = Fits(self.engine.foresee(machine), self.memory)
+        return Known(
+            machine=machine, options=options, fits=fits, run=self._run, chooser=repr(chooser) if chooser else ""
+        )
 
     def _begin(self) -> Known:
         """What a loop that begins plans by; where nothing is known of the machine rank 0 says so, once."""
@@ -282,6 +303,7 @@ class Loader:
 
     def _agree(self, step: int, indices: tuple[int, ...], plan: Plan, known: Known) -> PlannedBatch:
         batch = agree(self.world, step, self.documents, indices, plan, self.reduction, known.run)
+        batch = replace(batch, foreseen=self._foreseen.pop(indices, None))
         if lines := self._prices.pop(indices, None):
             level = logging.INFO if self._told else logging.WARNING
             logger.log(level, "step %d: %s", step, "; ".join(line.strip() for line in lines))
@@ -341,13 +363,6 @@ def check_sequence(documents: Documents) -> None:
         )
     if len(documents) == 0:
         raise ValueError("no documents: the loader needs at least one")
-
-
-def whole_number(name: str, value: Any) -> int:
-    """``value`` as an int; raises ValueError where it is none, such as text of a configuration file."""
-    if isinstance(value, int | np.integer) or (isinstance(value, float) and value.is_integer()):
-        return int(value)
-    raise ValueError(f"{name} is {value!r}: give a whole number of tokens")
 
 
 def check_engine(engine: Any) -> None:

@@ -55,7 +55,9 @@ def _obtain(engine: Engine, asked: Machine | str | Path) -> Machine | None:
     if asked == ASSUME:
         return assumed(engine)
     if asked == MEASURE:
-        return measured(engine)
+        made = measured(engine)
+        engine.memory.restart()
+        return made
     if not Path(asked).is_file():
         raise PlanError(
             f"machine is {str(asked)!r}: give a file of hdp profile --out, a Machine, {MEASURE!r} or {ASSUME!r}"

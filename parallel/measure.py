@@ -45,7 +45,7 @@ PARTS = (COMPUTE, LINKS)
 TILES_SECONDS, LAYERS_SECONDS, HEAD_SECONDS = 1.5, 3.0, 0.4
 """What is spent on each, about; two lengths of a layer are timed whatever they take."""
 HOST_TURNS, HOST_SECONDS = 3, 0.02
-PROBE_SECONDS, PROBE_LINK_SECONDS = 0.2, 0.08
+PROBE_SECONDS, PROBE_LINK_SECONDS = 0.15, 0.06
 PROBE_BYTES = (1 << 19, 1 << 23)
 OFF = 0.25
 OF_LINKS = ("message_byte", "gather_byte", "reduce_byte")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from hdp.balance.foresee import Foreseen
 from hdp.parallel.world import World
 
 KINDS = ("compute", "wait")
@@ -52,8 +53,18 @@ class StepResult:
     """Per rank: time blocked in transfers and collectives."""
     attention_bytes: int = 0
     """Attention's buffers for what is received, sent on and summed up, reused by all layers: of the rank that needed most."""
+    peak_bytes: tuple[int, ...] = ()
+    """Per rank: memory that training has taken at most since the engine was made; see ``hdp.parallel.memory``, also for what a
+    CPU can tell of it."""
+    foreseen: Foreseen | None = None
+    """What the plan lets the fullest rank hold; None: not known."""
     spans: tuple[Span, ...] = ()
     """All ranks' time; empty in worlds larger than the timeline limit."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the fullest rank has taken at most so far; 0: not measured."""
+        return max(self.peak_bytes, default=0)
 
     @property
     def imbalance(self) -> float:

@@ -1,6 +1,6 @@
 """Plan one global batch and show what every rank would do.
 
-  hdp plan --lengths lengths.txt --world-size 64 --capacity 8192
+  hdp plan --lengths lengths.txt --world-size 64
   hdp plan --distribution github --context 262144 --tokens 4e6 --world-size 64 --capacity 8192 --compare
 
 Exit codes: 0 planned; 1 a file could not be written; 2 bad arguments, a bad file of lengths among them; 3 the batch cannot be
@@ -33,6 +33,7 @@ from hdp.balance.planners import make_problem
 from hdp.balance.planners import plan as make
 from hdp.balance.planners.recompute import RECOMPUTE
 from hdp.balance.report import describe, table
+from hdp.commands.capacity import AUTO, capacity_argument, settle_capacity
 
 HELP = "plan one batch: groups, balance, waiting, memory"
 CANNOT_PLAN = 3
@@ -135,7 +136,13 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """World, links, model and device."""
     parser.add_argument("--world-size", type=at_least_one, required=True, help="ranks")
     parser.add_argument("--ranks-per-node", type=at_least_one, default=8, help="default: 8")
-    parser.add_argument("--capacity", type=at_least_one, required=True, help="tokens a rank holds in one micro-batch")
+    parser.add_argument(
+        "--capacity",
+        type=capacity_argument,
+        default=AUTO,
+        help="tokens a rank holds in one micro-batch; default: auto, what fits its memory",
+    )
+    parser.add_argument("--memory", type=float, help="bytes of a rank, for --capacity auto; default: the device's")
     parser.add_argument("--regime", choices=("step", "slot"), default="step", help="default: step")
     parser.add_argument(
         "--model", help=f"a shipped model, a config.json or its folder; default: {MODEL}, which is said to be assumed"
@@ -276,6 +283,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     with reading_arguments():
         assume_missing(arguments, "hdp plan")
+        settle_capacity(arguments, "hdp plan")
         topology, cost = cluster_of(arguments)
         lengths = lengths_of(arguments)
     bound, kind = _bound(arguments, lengths, topology, cost)

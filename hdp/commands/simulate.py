@@ -26,6 +26,7 @@ from hdp.balance.plan import IntArray
 from hdp.balance.planners.recompute import RECOMPUTE
 from hdp.balance.simulator import SHARDINGS, Cluster, Simulation, simulate
 from hdp.balance.simulator.picture import Row, draw
+from hdp.commands.capacity import settle_capacity
 from hdp.commands.plan import (
     BAD_ARGUMENTS,
     CANNOT_PLAN,
@@ -115,6 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     with reading_arguments():
         assume_missing(arguments, "hdp simulate")
+        settle_capacity(arguments, "hdp simulate")
         cost, cluster = machine_of(arguments)
     outcomes: list[Outcome] = []
     failures: dict[str, str] = {}

@@ -11,8 +11,8 @@ TensorBoard files, ``loss.png``, ``step.png`` (who computed what, and who waited
 the run) and ``summary.txt``. :func:`launch` and :class:`ArgumentParser` say once what all ranks met.
 """
 
-from hdp.report.arguments import ArgumentParser
+from hdp.report.arguments import ArgumentParser, tokens_or_auto
 from hdp.report.failures import launch
 from hdp.report.run import Run
 
-__all__ = ["ArgumentParser", "Run", "launch"]
+__all__ = ["ArgumentParser", "Run", "launch", "tokens_or_auto"]

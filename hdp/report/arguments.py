@@ -37,3 +37,11 @@ class ArgumentParser(argparse.ArgumentParser):
         if status and not self._speaks:
             wait_for_the_end(status)  # the launcher would end rank 0 before it has spoken
         super().exit(status, message if self._speaks else None)
+
+
+def tokens_or_auto(text: str) -> int | str:
+    """A whole number, or ``auto``: the type of an argument such as ``--capacity``."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor auto") from error

@@ -92,6 +92,9 @@ class Run:
             "busy_seconds": tuple(result.busy_seconds),
             "wait_seconds": tuple(result.wait_seconds),
             "attention_bytes": result.attention_bytes,
+            "memory": result.memory,
+            "memory_foreseen": result.foreseen.bytes if result.foreseen else None,
+            "memory_parts": result.foreseen.peak.parts if result.foreseen else None,
         }
         if not self.history and getattr(batch, "machine", None) is not None:
             batch.machine.write(self.folder / "machine.json")  # with which the run can be planned again to the bit
@@ -147,6 +150,7 @@ class Run:
                 ("imbalance (max/mean busy)", f"{_mean([step['imbalance'] for step in steady]):.3f}"),
                 ("share of time waiting", f"{waited / lived:.1%}" if lived else "0.0%"),
             ]
+        rows += _memory_rows(self.history)
         rows += [("wall time", clock(time.monotonic() - self._began)), ("folder", str(self.folder))]
         return table(rows)
 
@@ -197,6 +201,16 @@ def _free(folder: Path) -> Path:
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
+
+
+def _memory_rows(history: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Of the fullest rank: what was taken at most, and what was foreseen."""
+    taken = max((step["memory"] for step in history), default=0)
+    foreseen = max((step["memory_foreseen"] or 0 for step in history), default=0)
+    shown = [f"{size / 1e6:,.0f} MB" for size in (taken, foreseen)]
+    if not taken:
+        return []
+    return [("memory of the fullest rank", shown[0] + (f", foreseen {shown[1]}" if foreseen else ""))]
 
 
 def _mean(values: list[float]) -> float:

@@ -2,7 +2,7 @@
 
     from hdp.parallel.adapters import HdpConfig, HdpTrainer
 
-    trainer = HdpTrainer(model, args, train_dataset=rows, hdp=HdpConfig(tokens_per_step=65536, capacity=8192))
+    trainer = HdpTrainer(model, args, train_dataset=rows, hdp=HdpConfig(tokens_per_step=65536))
     trainer.train()
 
 Any other trainer made from ``transformers.Trainer`` becomes one of ours with the mixin in front::

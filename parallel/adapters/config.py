@@ -13,6 +13,7 @@ from hdp.balance.machine import Machine
 from hdp.balance.plan import REGIMES
 from hdp.parallel.batch import REDUCTIONS
 from hdp.parallel.engine import Engine
+from hdp.parallel.fitting import AUTO
 from hdp.parallel.world import World
 
 ENGINES = ("fsdp", "ddp")
@@ -24,8 +25,8 @@ class HdpConfig:
 
     tokens_per_step: int
     """Tokens of a global batch, over all ranks; one optimizer step."""
-    capacity: int
-    """Tokens that one rank holds in one micro-batch."""
+    capacity: int | str = AUTO
+    """Tokens that one rank holds in one micro-batch; ``"auto"``: as many as fit its memory, see ``hdp.Loader``."""
     planner: str = "auto"
     """Name of a planner of ``hdp.balance``."""
     engine: str = "fsdp"
@@ -39,8 +40,12 @@ class HdpConfig:
 
     def __post_init__(self) -> None:
         for name in ("tokens_per_step", "capacity"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"HdpConfig.{name} is {getattr(self, name)}: give a positive number of tokens")
+            value = getattr(self, name)
+            if name == "capacity" and value == AUTO:
+                continue
+            if not isinstance(value, int) or value < 1:
+                or_auto = ', or "auto"' if name == "capacity" else ""
+                raise ValueError(f"HdpConfig.{name} is {value!r}: give a positive number of tokens{or_auto}")
         for name, choices in (("engine", ENGINES), ("regime", REGIMES), ("reduction", REDUCTIONS)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"HdpConfig.{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")

@@ -32,6 +32,7 @@ from hdp.parallel.adapters.meter import Meter
 from hdp.parallel.adapters.rows import RowDocuments
 from hdp.parallel.batch import PlannedBatch
 from hdp.parallel.engine import Engine
+from hdp.parallel.fitting import AUTO
 from hdp.parallel.loader import Loader
 from hdp.parallel.machine import find_machine, read_for_all
 from hdp.parallel.world import World, init
@@ -153,6 +154,8 @@ class HdpTrainerMixin(_Trainer):
 
     def _loader(self, documents: RowDocuments, **options: Any) -> Loader:
         config = self.hdp_config
+        if config.capacity == AUTO:
+            _ = self.engine  # which knows the memory that it is found from
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return Loader(
             documents,

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from hdp.balance import Plan
+from hdp.balance.foresee import Foreseen, Peak
 from hdp.report import Run
 from hdp.report import progress as progress_line
 from hdp.report.progress import Progress, clock
@@ -47,6 +48,8 @@ def make_step(step: int, loss: float):
         busy_seconds=(1.8, 1.6),
         wait_seconds=(0.2, 0.4),
         attention_bytes=1 << 20,
+        memory=3_000_000,
+        foreseen=Foreseen(rank=1, peak=Peak(bytes=2_000_000, when="loss", parts={"saved activations": 2_000_000})),
         imbalance=1.8 / 1.7,
         waiting_share=0.15,
         spans=SPANS,
@@ -70,6 +73,8 @@ def test_a_run_leaves_metrics_pictures_settings_and_summary(tmp_path, capsys):
         ("held_out", 0), ("train", 0), ("train", 1), ("train", 2), ("held_out", 3)
     ]  # fmt: skip
     assert lines[1]["attention_bytes"] == 1 << 20
+    assert (lines[1]["memory"], lines[1]["memory_foreseen"]) == (3_000_000, 2_000_000)
+    assert lines[1]["memory_parts"] == {"saved activations": 2_000_000}
     assert lines[1]["groups"] == "1x2 + 3x1" and lines[1]["tokens_per_second"] == 8000 and lines[1]["lr"] == 1e-3
     for picture in ("loss.png", "step.png"):
         assert (tmp_path / "r" / picture).read_bytes().startswith(b"\x89PNG")
