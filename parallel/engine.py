@@ -166,10 +166,7 @@ class Engine:
         check_sequence(documents)
         documents = measured(documents)
         most = max(tokens_per_step, int(documents.lengths.sum()), 1)
-        found = (
-            capacity_of(capacity, self.world, most, None) if capacity == AUTO else whole_number("capacity", capacity)
-        )
-        capacity = found
+        capacity = capacity_of(AUTO, self, most, None) if capacity == AUTO else whole_number("capacity", capacity)
         if capacity > 0:  # what is not is for the loader to refuse
             capacity = max(capacity, -(-int(documents.lengths.max()) // self.world.world_size))
         tokens_per_step = tokens_per_step or 4 * capacity * self.world.world_size

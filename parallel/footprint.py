@@ -31,6 +31,11 @@ SAMPLES = 2
 """Layers of each kind that run: behind the first, which reads what the embeddings gave, the others are alike."""
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate")
+"""Whose hooks run in a trace as well."""
+
+
 class NotTraced(ValueError):
     """A model that cannot run on the meta device, such as one that looks at values."""
 
@@ -38,10 +43,14 @@ class NotTraced(ValueError):
 def bare_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """The same modules with parameters and buffers that hold no data; ``model`` stays as it is.
 
-    ``dtype``: of parameters, where they are computed with in another than they have.
+    ``dtype``: of parameters, where they are computed with in another than they have. Hooks of libraries are part of how a model
+    computes (inputs that require gradients, under PEFT); those of a script may count, print or look at values, and are left out.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
+        for name in HOOKS:
+            hooks = vars(module)[name]
+            memo[id(hooks)] = type(hooks)((key, hook) for key, hook in hooks.items() if _is_of_library(hook))
         for parameter in module._parameters.values():
             if parameter is not None and id(parameter) not in memo:
                 kind = dtype if dtype is not None and parameter.is_floating_point() else parameter.dtype
@@ -51,6 +60,10 @@ def bare_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             if buffer is not None and id(buffer) not in memo:
                 memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
     return copy.deepcopy(model, memo)
+
+
+def _is_of_library(hook: object) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] in LIBRARIES
 
 
 def bare_model(

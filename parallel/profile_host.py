@@ -217,5 +217,5 @@ def _times(
     once = torch.tensor([timed(run, 1, time.perf_counter) for run in runs], dtype=torch.float64)
     dist.all_reduce(once, op=dist.ReduceOp.MAX, group=world.control)
     repeats = [max(int(block / max(seconds, 1e-9)), 1) for seconds in once.tolist()]
-    turns = [[timed(run, times) for run, times in zip(runs, repeats, strict=True)] for _ in range(turns)]
-    return [list(times) for times in zip(*turns, strict=True)]
+    found = [[timed(run, times) for run, times in zip(runs, repeats, strict=True)] for _ in range(turns)]
+    return [list(times) for times in zip(*found, strict=True)]

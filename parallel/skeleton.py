@@ -127,7 +127,7 @@ class _Maker:
         if id(module) in self._modules:
             return self._modules[id(module)]
         kind = class_of(module)
-        made = nn.Module.__new__(kind)
+        made: nn.Module = nn.Module.__new__(kind)
         self._modules[id(module)] = made
         fields = dict(module.__dict__)
         for name, value in fields.items():

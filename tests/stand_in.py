@@ -56,6 +56,7 @@ def planning(world: Any = None, **fields: Any) -> Any:
             "model": torch.nn.Linear(2, 2),
             "dtype": torch.float32,
             "is_assumed": False,
+            "foresee": lambda machine=None: None,
             **fields,
         }
     )

@@ -10,7 +10,7 @@ from hdp.balance.capacity import MARGIN, at_capacity, find_capacity
 from hdp.balance.devices import DEVICES, find_device, recognise
 from hdp.balance.footprint import shape_footprint
 from hdp.balance.held import EngineMemory
-from hdp.balance.measured import Profile
+from hdp.balance.machine import Machine
 from hdp.balance.models import ModelShape, model_shape
 
 AUTO = "auto"
@@ -66,11 +66,11 @@ def settle_capacity(arguments: argparse.Namespace, command: str) -> None:
 
 
 def _shape_of(arguments: argparse.Namespace) -> ModelShape:
-    if arguments.model or not arguments.profile:
+    if arguments.model or not arguments.machine:
         return model_shape(arguments.model)
-    shape = Profile.read(arguments.profile).shape
+    shape = Machine.read(arguments.machine).shape
     if shape is None:
-        raise PlanError("the profile does not know the model's shape: give --model or --capacity")
+        raise PlanError("--machine does not know the model's shape: give --model or --capacity")
     return shape
 
 
@@ -78,8 +78,8 @@ def _memory_of(arguments: argparse.Namespace) -> float:
     if arguments.memory is not None:
         return float(arguments.memory)
     name = arguments.device
-    if name is None and arguments.profile:
-        name = recognise(Profile.read(arguments.profile).device)
+    if name is None and arguments.machine:
+        name = recognise(Machine.read(arguments.machine).device)
     if name is None or name not in DEVICES:
         raise PlanError(
             "--capacity auto needs to know the memory of a rank: give --memory BYTES, --device or --capacity"

@@ -61,7 +61,7 @@ def test_a_run_learns_and_leaves_its_folder(start, tmp_path):
     outcome = start().check()
     run = tmp_path / "runs" / "finetune"
     assert {p.name for p in run.iterdir()} == {
-        "loss.png", "metrics.jsonl", "settings.json", "step.json", "step.png", "summary.txt", "tensorboard"
+        "loss.png", "machine.json", "metrics.jsonl", "settings.json", "step.json", "step.png", "summary.txt", "tensorboard"
     }  # fmt: skip
     before, after = (line["loss"] for line in metrics(run, "held_out"))
     assert after < before - 0.2

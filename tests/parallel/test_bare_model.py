@@ -187,3 +187,21 @@ def test_a_model_that_looks_at_values_is_not_traced(world: hdp.World) -> None:
     engine = hdp.shard(model, world)
     assert engine.foresight is not None and not engine.foresight.is_traced
     assert engine.foresight.model.parameters == sum(p.numel() for p in llama().parameters())
+
+
+def test_hooks_of_a_script_do_not_run_those_of_libraries_do(world: hdp.World) -> None:
+    """With frozen weights and layers that run again, nothing has a gradient unless transformers' hook asks for it."""
+    model, calls = llama(2), []
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *_: calls.append(0))
+        module.register_forward_hook(lambda *_: calls.append(0))
+        module.register_full_backward_hook(lambda *_: calls.append(0))
+    model.requires_grad_(False)
+    for layer in model.model.layers:
+        layer.mlp.requires_grad_(True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    model.enable_input_require_grads()
+    found = traced(model, world)
+    assert not calls
+    assert all(at(layer.held, 1000) < at(layer.again, 1000) * 2 for layer in found.layers)
+    assert all(segment.trained > 0 for segment in found.layers)
