@@ -15,13 +15,16 @@ differently; the trainer's ``epoch`` and the strategies ``"epoch"`` go by the me
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -44,7 +47,7 @@ else:
 
 logger = logging.getLogger("hdp")
 
-SCHEDULER_FILE, MACHINE_FILE = "scheduler.pt", "machine.json"
+SCHEDULER_FILE, MACHINE_FILE, CAPACITY_FILE = "scheduler.pt", "machine.json", "capacity.json"
 
 _OVERRIDDEN = (
     "_clip_grad_norm",
@@ -102,6 +105,8 @@ class HdpTrainerMixin(_Trainer):
         self._documents: RowDocuments | None = None
         self._batches: Iterator[PlannedBatch] | None = None
         self._total_steps = 0
+        self._capacity = hdp.capacity
+        """``AUTO`` until it has been found, or a checkpoint has told it."""
         ignored = ignored_arguments(self.args)
         if ignored and self.world.rank == 0:
             logger.warning("training arguments without effect, because batches are planned: %s", ", ".join(ignored))
@@ -154,19 +159,19 @@ class HdpTrainerMixin(_Trainer):
 
     def _loader(self, documents: RowDocuments, **options: Any) -> Loader:
         config = self.hdp_config
-        if config.capacity == AUTO:
-            _ = self.engine  # which knows the memory that it is found from
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Loader(
+        loader = Loader(
             documents,
             self.engine,
             tokens_per_step=config.tokens_per_step,
-            capacity=config.capacity,
+            capacity=self._capacity,
             planner=config.planner,
             reduction=config.reduction,
             seed=None if self.args.train_sampling_strategy == "sequential" else seed,
             **options,
         )
+        self._capacity = loader.capacity
+        return loader
 
     def _close_batches(self) -> None:
         if self._batches is not None:
@@ -276,12 +281,26 @@ class HdpTrainerMixin(_Trainer):
             torch.save(self.lr_scheduler.state_dict(), f"{output_dir}/{SCHEDULER_FILE}")
             if self.engine.machine is not None:
                 self.engine.machine.write(f"{output_dir}/{MACHINE_FILE}")
+            found = {"capacity": self._capacity, "world_size": self.world.world_size}
+            Path(output_dir, CAPACITY_FILE).write_text(json.dumps(found) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_state(resume_from_checkpoint, self.engine.model)
         stored = read_for_all(self.world, f"{resume_from_checkpoint}/{MACHINE_FILE}")
         if stored is not None and self.hdp_config.machine is None:
             self.engine.machine = stored  # the same plans as before
+        if self.hdp_config.capacity == AUTO:
+            self._capacity = self._stored_capacity(resume_from_checkpoint)
+
+    def _stored_capacity(self, checkpoint: str) -> int | str:
+        """What was found from memory when the run began, so that a resumed one draws the same plans; other ranks hold another
+        share of the model, and find their own."""
+        told: list[dict[str, Any]] = [{}]
+        file = Path(checkpoint, CAPACITY_FILE)
+        if self.world.rank == 0 and file.is_file():
+            told = [json.loads(file.read_text())]
+        dist.broadcast_object_list(told, group=self.world.control, group_src=0)
+        return told[0]["capacity"] if told[0].get("world_size") == self.world.world_size else AUTO
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

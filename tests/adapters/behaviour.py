@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,28 @@ def adapters_resume(jobs: Jobs) -> None:
     resumed.train(resume_from_checkpoint=str(Path(first.args.output_dir, "checkpoint-3")))
     assert max(abs(a - b) for a, b in zip(losses(first), losses(resumed), strict=True)) < 1e-6
     assert losses(first)[0] - losses(first)[-1] > 0.02
+
+
+def a_found_capacity_is_resumed(jobs: Jobs) -> None:
+    """With the memory of its beginning, whatever is free by then."""
+
+    def make(tokens: int) -> Any:
+        plan = HdpConfig(tokens_per_step=200)
+        trainer = jobs.trainer("found", plan=plan, max_steps=4, save_strategy="steps", save_steps=2)
+        foresight = trainer.engine.foresight
+        trainer.engine.__dict__["foresight"] = replace(foresight, limit=foresight.at_capacity(tokens).bytes * 1.5)
+        return trainer
+
+    first = make(64)
+    drawn = spy(first)
+    first.train()
+    capacity = drawn[0].plan.capacity
+    assert 64 < capacity < 200, capacity
+    resumed = make(1000)
+    again = spy(resumed)
+    resumed.train(resume_from_checkpoint=str(Path(first.args.output_dir, "checkpoint-2")))
+    assert [batch.plan.capacity for batch in again] == [capacity] * 2
+    assert [batch.plan.digest for batch in again] == [batch.plan.digest for batch in drawn[2:]]
 
 
 def mixed_precision_keeps_weights_in_fp32(jobs: Jobs) -> None:

@@ -24,7 +24,7 @@ GROUPS = {
         "evaluation_needs_no_document_on_every_rank",
         "a_batch_without_labels_changes_nothing",
     ),
-    "checkpoints": ("the_best_model_comes_back", "adapters_resume"),
+    "checkpoints": ("the_best_model_comes_back", "adapters_resume", "a_found_capacity_is_resumed"),
     "variants": ("mixed_precision_keeps_weights_in_fp32", "packed_rows_are_the_same_documents"),
     "refusals": ("what_cannot_work_is_refused",),
 }
