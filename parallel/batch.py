@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hdp.attention.route import AttentionRuntime, Route, RouteShard
+from hdp.balance.evaluate import Evaluation
 from hdp.balance.foresee import Foreseen
 from hdp.balance.machine import Machine
 from hdp.balance.plan import MicroBatch, Plan
@@ -55,6 +56,8 @@ class PlannedBatch:
     """What it was planned for, by which the schedule ``"auto"`` is chosen; None: not known."""
     foreseen: Foreseen | None = None
     """The rank that is to hold most, and what; None: not known."""
+    predicted: Evaluation | None = None
+    """When its ranks are to be done, by the machine; None: that is not known."""
 
     @property
     def tokens(self) -> int:

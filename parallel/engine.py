@@ -47,6 +47,7 @@ from hdp.parallel.models import (
 from hdp.parallel.order import CallOrder
 from hdp.parallel.rotations import find_long_rotations, rotated_by_document
 from hdp.parallel.schedules import chooser_of
+from hdp.parallel.time_log import TimeLog
 from hdp.parallel.world import World
 
 logger = logging.getLogger("hdp")
@@ -92,6 +93,7 @@ class Engine:
         self.memory_limit = float(gather_numbers(world, self.memory.limit).min())
         """Bytes that every rank has for training: of the one that has least."""
         self.memory_log = MemoryLog(world)
+        self.time_log = TimeLog(world)
         world.channel.notes_waits = True
         self.waits: list[tuple[float, float]] = world.channel.waited
         """(start, stop) of every wait, ``time.perf_counter`` seconds; collectives add theirs."""
@@ -279,6 +281,7 @@ class Engine:
         world.guard.enter(f"after step {batch.step}")
         result = self._result(batch, total, seconds, spans, order)
         self.memory_log.note(result)
+        self.time_log.note(result, batch.machine)
         self._accept()
         return result
 
@@ -317,6 +320,7 @@ class Engine:
             attention_bytes=int(table[:, 4].max()),
             peak_bytes=tuple(int(n) for n in table[:, 6].tolist()),
             foreseen=batch.foreseen,
+            predicted=batch.predicted,
             spans=gathered,
         )
 

@@ -44,7 +44,7 @@ def bare_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """The same modules with parameters and buffers that hold no data; ``model`` stays as it is.
 
     ``dtype``: of parameters, where they are computed with in another than they have. Hooks of libraries are part of how a model
-    computes (inputs that require gradients, under PEFT); those of a script may count, print or look at values, and are left out.
+    computes (inputs that require gradients, under PEFT); those of a script may count, print or look at values: left out.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():

@@ -12,7 +12,7 @@ import inspect
 import logging
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
-from hdp.balance import Topology, evaluate, make_plan
+from hdp.balance import Evaluation, Topology, evaluate, make_plan
 from hdp.balance.cost import default_cost
 from hdp.balance.foresee import Foreseen
 from hdp.balance.machine import Machine
@@ -31,7 +31,7 @@ from hdp.parallel.agreement import agree
 from hdp.parallel.batch import REDUCTIONS, Documents, PlannedBatch, read_document
 from hdp.parallel.errors import PlanMismatch
 from hdp.parallel.fitting import AUTO, Fits, capacity_of, check_memory, whole_number
-from hdp.parallel.machine import find_machine
+from hdp.parallel.machine import find_anew, find_machine
 from hdp.parallel.metrics import gather_numbers
 from hdp.parallel.schedules import check_chooser
 
@@ -57,11 +57,26 @@ class Known:
     chooser: str = ""
     """Of the schedule "auto", where the user set one of their own."""
 
+    def predicted(self, plan: Plan) -> Evaluation | None:
+        """What the machine says of a plan; None: it is not known."""
+        return None if self.machine is None else evaluate(plan, self.machine.cost, self.machine.topology())
+
     @property
     def machine_number(self) -> int:
         """48 bits that tell what programs are chosen by from others."""
         digest = "" if self.machine is None else self.machine.digest
         return int(hashlib.sha256((digest + self.chooser).encode()).hexdigest()[:12], 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A plan, and what is known of it before it runs."""
+
+    plan: Plan
+    foreseen: Foreseen | None
+    predicted: Evaluation | None
+    price: str = ""
+    """What fits only at a price, and at which."""
 
 
 class Loader:
@@ -89,6 +104,8 @@ class Loader:
         memory: bytes that training may take on every rank, equal on all of them; None: what the engine found. A plan that is
             foreseen to take more is made again with smaller micro-batches, which means more ranks for long documents, and
             offload or recomputation where these are allowed; what does not fit so is refused.
+        remeasure: where steps take another time than the machine predicts (which rank 0 says, with its likely cause), the loop
+            measures it again and plans by what it finds. Batches must then be drawn by the loop that runs them.
         plan_options: handed to the planner: ``offload`` and ``recompute``.
 
     Raises:
@@ -114,6 +131,7 @@ class Loader:
         ahead: int = 2,
         machine: Machine | str | Path | None = None,
         memory: float | None = None,
+        remeasure: bool = False,
         **plan_options: Any,
     ) -> None:
         check_engine(engine)
@@ -129,7 +147,7 @@ class Loader:
         self.memory = check_memory(memory)
         self.tokens_per_step, self.planner, self.seed = tokens_per_step, planner, seed
         self.steps, self.start, self.ahead, self.plan_options = steps, start, max(ahead, 1), plan_options
-        self._foreseen: dict[tuple[int, ...], Foreseen | None] = {}
+        self.remeasure = remeasure
         self.lengths = document_lengths(documents)
         if int(self.lengths.sum()) == 0:
             raise ValueError(f"all {len(documents)} documents are empty: there is nothing to train on")
@@ -150,9 +168,7 @@ class Loader:
             # An unknown planner, or a document that fits nowhere, ends here and not hours later.
             longest = int(self.lengths.argmax())
             self._make((longest,), make_plan, known, planner=planner)
-            self._foreseen.clear()
         self._told = self._has_warned = False
-        self._prices: dict[tuple[int, ...], list[str]] = {}
 
     def __iter__(self) -> Iterator[PlannedBatch]:
         return self._batches(self._begin())
@@ -166,15 +182,24 @@ class Loader:
         self._compare_run(known)
         draws = enumerate(self._draw())
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hdp-plan") as pool:
-            queue: list[tuple[int, tuple[int, ...], Future[Plan] | None]] = []
+
+            def planned(indices: tuple[int, ...]) -> Future[Made] | None:
+                told = self._planned_by_one and dist.get_rank() != 0
+                return None if told else pool.submit(self._plan, indices, known)
+
+            queue: list[tuple[int, tuple[int, ...], Future[Made] | None]] = []
             while True:
+                if self.remeasure and self.engine.time_log.is_off:  # alike on all ranks, as results of steps are
+                    futures = [plan for _, _, plan in queue if plan is not None and not plan.cancel()]
+                    wait(futures)  # which would take time of what is measured
+                    known = self._known_anew()
+                    queue = [(step, indices, planned(indices)) for step, indices, _ in queue]
                 while len(queue) < self.ahead and (drawn := next(draws, None)) is not None:
                     step, indices = drawn
                     if self.steps is not None and step >= self.steps:
                         break
                     if step >= self.start:
-                        told = self._planned_by_one and dist.get_rank() != 0
-                        queue.append((step, indices, None if told else pool.submit(self._plan, indices, known)))
+                        queue.append((step, indices, planned(indices)))
                 if not queue:
                     return
                 step, indices, plan = queue.pop(0)
@@ -202,7 +227,7 @@ class Loader:
     def _planned_by_one(self) -> bool:
         return isinstance(self.planner, str) and self.planner in STOPPED_BY_TIME and dist.get_world_size() > 1
 
-    def _from_first(self, step: int, plan: Future[Plan] | None) -> Plan:
+    def _from_first(self, step: int, plan: Future[Made] | None) -> Made:
         """Rank 0's plan on every rank, or its error."""
         told: list[Any] = [None]
         with self.world.guard.watch(f"planning of step {step}"):
@@ -225,10 +250,7 @@ class Loader:
             if self.steps is not None and step >= self.steps:
                 return
             if step >= self.start:
-                plan = self._plan(indices, known)
-                self._prices.pop(indices, None)
-                self._foreseen.pop(indices, None)
-                yield indices, plan
+                yield indices, self._plan(indices, known).plan
 
     def _draw(self) -> Iterator[tuple[int, ...]]:
         epoch = 0
@@ -251,21 +273,20 @@ class Loader:
                 return
             epoch += 1
 
-    def _plan(self, indices: tuple[int, ...], known: Known) -> Plan:
+    def _plan(self, indices: tuple[int, ...], known: Known) -> Made:
         if not isinstance(self.planner, str):
             return self._make(indices, self.planner, known)
-        plan = self._make(indices, make_plan, known, planner=self.planner)
-        self._note_price(indices, plan, known.options)
-        return plan
+        made = self._make(indices, make_plan, known, planner=self.planner)
+        return replace(made, price=self._price(indices, made.plan, known.options))
 
-    def _make(self, indices: tuple[int, ...], make: Planner, known: Known, **planner: str) -> Plan:
+    def _make(self, indices: tuple[int, ...], make: Planner, known: Known, **planner: str) -> Made:
         lengths = self.lengths[list(indices)]
 
         def made(capacity: int) -> Plan:
             return make(lengths, world_size=self.world.world_size, capacity=capacity, **planner, **known.options)
 
         try:
-            plan, self._foreseen[indices] = known.fits.plan(made, self.capacity)
+            plan, foreseen = known.fits.plan(made, self.capacity)
         except PlanError as error:  # planners count sequences of the batch, users documents
             text = re.sub(r"\bsequence (\d+)\b", lambda found: f"document {indices[int(found[1])]}", str(error))
             if self._is_found and isinstance(error, DoesNotFit) and "would take" not in text:
@@ -273,7 +294,7 @@ class Loader:
             raise type(error)(text) from error
         if not planner:  # the user's own
             plan.validate()
-        return plan
+        return Made(plan=plan, foreseen=foreseen, predicted=known.predicted(plan))
 
     def _known(self) -> Known:
         """What is known now; see [Note: one value]."""
@@ -301,23 +322,29 @@ class Loader:
             self._has_warned = True
         return known
 
-    def _agree(self, step: int, indices: tuple[int, ...], plan: Plan, known: Known) -> PlannedBatch:
-        batch = agree(self.world, step, self.documents, indices, plan, self.reduction, known.run)
-        batch = replace(batch, foreseen=self._foreseen.pop(indices, None))
-        if lines := self._prices.pop(indices, None):
-            level = logging.INFO if self._told else logging.WARNING
-            logger.log(level, "step %d: %s", step, "; ".join(line.strip() for line in lines))
-            self._told = True
-        return replace(batch, machine=known.machine)
+    def _known_anew(self) -> Known:
+        machine = find_anew(self.engine)
+        self.machine = machine if self.machine is not None else None
+        known = self._begin()
+        self._compare_run(known)
+        return known
 
-    def _note_price(self, indices: tuple[int, ...], plan: Plan, options: dict[str, Any]) -> None:
+    def _agree(self, step: int, indices: tuple[int, ...], made: Made, known: Known) -> PlannedBatch:
+        batch = agree(self.world, step, self.documents, indices, made.plan, self.reduction, known.run)
+        if made.price and self.world.rank == 0:
+            logger.log(logging.INFO if self._told else logging.WARNING, "step %d: %s", step, made.price)
+            self._told = True
+        return replace(batch, foreseen=made.foreseen, predicted=made.predicted, machine=known.machine)
+
+    def _price(self, indices: tuple[int, ...], plan: Plan, options: dict[str, Any]) -> str:
         """What fits only at a price, and at which: told by rank 0 when the batch is handed out, as a warning the first time."""
         asked = self.plan_options.get("recompute") == "all"
         if self.world.rank != 0 or asked or not (plan.offload or plan.recompute):
-            return
+            return ""
         cost = options.get("cost") or default_cost()
         topology = options.get("topology") or Topology(world_size=plan.world_size)
-        self._prices[indices] = describe_price(plan, evaluate(plan, cost, topology), cost, topology, names=indices)
+        lines = describe_price(plan, evaluate(plan, cost, topology), cost, topology, names=indices)
+        return "; ".join(line.strip() for line in lines)
 
 
 def document_lengths(documents: Documents) -> np.ndarray:

@@ -49,6 +49,14 @@ def find_machine(engine: Engine, asked: Machine | str | Path | None) -> Machine 
     return made
 
 
+def find_anew(engine: Engine) -> Machine | None:
+    """Measures whatever was measured before, makes it the engine's machine and keeps it for later starts. A collective."""
+    engine.machine = measured(engine, anew=True)
+    engine.memory.restart()
+    engine.time_log.restart()
+    return engine.machine
+
+
 def _obtain(engine: Engine, asked: Machine | str | Path) -> Machine | None:
     if isinstance(asked, Machine):
         return fitted(asked, engine.world)
@@ -95,10 +103,10 @@ def read_for_all(world: World, path: str | Path) -> Machine | None:
 # ---------------------------------------------------------------- measured
 
 
-def measured(engine: Engine) -> Machine | None:
+def measured(engine: Engine, *, anew: bool = False) -> Machine | None:
     """What an earlier start has measured, where a probe finds it as it was; else measured now. Rank 0 says which. A collective.
 
-    What cannot be measured is assumed, with a warning.
+    ``anew``: whatever an earlier start has measured. What cannot be measured is assumed, with a warning.
     """
     from hdp.parallel.machine_cache import key_of, load, store
     from hdp.parallel.measure import PARTS, NotMeasurable, has_quota, measure, probe, what_is_off
@@ -110,7 +118,7 @@ def measured(engine: Engine) -> Machine | None:
     with world.guard.watch("measuring the machine"):
         try:
             key = key_of(engine)
-            before = load(world, key)
+            before = None if anew else load(world, key)
             if before is None or before.probe is None:
                 made = measure(engine)
                 _say(world, made, f"measured in {time.perf_counter() - start:.1f} s")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from hdp.balance.evaluate import Evaluation
 from hdp.balance.foresee import Foreseen
 from hdp.parallel.world import World
 
@@ -58,6 +59,8 @@ class StepResult:
     CPU can tell of it."""
     foreseen: Foreseen | None = None
     """What the plan lets the fullest rank hold; None: not known."""
+    predicted: Evaluation | None = None
+    """What the plan's machine says of its time (``predicted.seconds``); None: not known."""
     spans: tuple[Span, ...] = ()
     """All ranks' time; empty in worlds larger than the timeline limit."""
 
@@ -65,6 +68,13 @@ class StepResult:
     def memory(self) -> int:
         """Bytes that the fullest rank has taken at most so far; 0: not measured."""
         return max(self.peak_bytes, default=0)
+
+    @property
+    def drift(self) -> float | None:
+        """By how much the step took longer than predicted: 0.2 is a fifth longer."""
+        if self.predicted is None or not self.predicted.makespan:
+            return None
+        return self.seconds / self.predicted.seconds - 1.0
 
     @property
     def imbalance(self) -> float:

@@ -54,6 +54,7 @@ class Run:
         self._figures = figures
         self._picture = picture
         self._pictured: tuple[Any, Any] | None = None
+        self._machine: Any = None
         self._began = time.monotonic()
         if not self.speaks:
             return
@@ -84,6 +85,7 @@ class Run:
             "label_tokens": result.label_tokens,
             "documents": len(batch.plan.lengths),
             "seconds": result.seconds,
+            "seconds_predicted": result.predicted.seconds if result.predicted else None,
             "tokens_per_second": result.tokens / result.seconds if result.seconds else 0.0,
             "imbalance": result.imbalance,
             "waiting_share": result.waiting_share,
@@ -96,8 +98,7 @@ class Run:
             "memory_foreseen": result.foreseen.bytes if result.foreseen else None,
             "memory_parts": result.foreseen.peak.parts if result.foreseen else None,
         }
-        if not self.history and getattr(batch, "machine", None) is not None:
-            batch.machine.write(self.folder / "machine.json")  # with which the run can be planned again to the bit
+        self._keep_machine(batch)
         self.history.append({"step": batch.step, **values})
         self._metrics.write("train", batch.step, values)
         self._keep_for_the_picture(batch, result)
@@ -106,6 +107,14 @@ class Run:
             f"loss {result.loss:.4f}  {values['tokens_per_second']:,.0f} tokens/s  groups {values['groups']}  "
             f"imbalance {result.imbalance:.2f}  waiting {result.waiting_share:.0%}",
         )
+
+    def _keep_machine(self, batch: Any) -> None:
+        """With which the run can be planned again to the bit; one measured meanwhile is named by its first step."""
+        machine = getattr(batch, "machine", None)
+        if machine is not None and machine != self._machine:
+            name = "machine.json" if self._machine is None else f"machine-{batch.step}.json"
+            machine.write(self.folder / name)
+            self._machine = machine
 
     def say(self, text: str) -> None:
         """One line on rank 0, without breaking the progress bar."""
@@ -150,6 +159,7 @@ class Run:
                 ("imbalance (max/mean busy)", f"{_mean([step['imbalance'] for step in steady]):.3f}"),
                 ("share of time waiting", f"{waited / lived:.1%}" if lived else "0.0%"),
             ]
+        rows += _predicted_rows(steady)
         rows += _memory_rows(self.history)
         rows += [("wall time", clock(time.monotonic() - self._began)), ("folder", str(self.folder))]
         return table(rows)
@@ -201,6 +211,15 @@ def _free(folder: Path) -> Path:
         number += 1
         free = folder.with_name(f"{folder.name}-{number}")
     return free
+
+
+def _predicted_rows(history: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Mean seconds of a step, and what the machine predicted of the same steps."""
+    both = [(step["seconds"], step["seconds_predicted"]) for step in history if step["seconds_predicted"]]
+    if not both:
+        return []
+    measured, predicted = (_mean(list(each)) for each in zip(*both, strict=True))
+    return [("seconds a step", f"{measured:.3g}, predicted {predicted:.3g} ({measured / predicted - 1:+.0%})")]
 
 
 def _memory_rows(history: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -57,7 +57,7 @@ class Slow(hdp.Loader):
     planned: threading.Event
     calls = 0
 
-    def _plan(self, *args: Any) -> hdp.Plan:
+    def _plan(self, *args: Any) -> loaders.Made:
         self.calls += 1
         is_second = self.calls == 2
         if is_second:

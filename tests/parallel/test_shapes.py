@@ -145,9 +145,10 @@ def test_an_engine_plans_by_the_modules_and_says_so():
     expected = assume(make_model(attention="sdpa"), CPU, 2, torch.float32).cost
     for rank, (cost, lines, before, after) in enumerate(found):
         assert cost == expected and cost.layers == 2
-        assert len(lines) == (rank == 0), lines
+        assert len(lines) == (2 if rank == 0 else 0), lines
         assert "32 layers" not in before + after and "of 1000 tokens does not fit 2 ranks" in before
-    level, line = found[0][1][0]
+    (level, line), (_, memory) = found[0][1]
+    assert "memory is estimated from the model's shape: Bare does not run without data" in memory
     assert level == logging.WARNING and "plans assume of Bare, by its modules, without a config: 2 layers of" in line
     assert "of cpu: " in line and "give hdp.Loader(machine=...)" in line
 

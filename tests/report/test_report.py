@@ -50,6 +50,7 @@ def make_step(step: int, loss: float):
         attention_bytes=1 << 20,
         memory=3_000_000,
         foreseen=Foreseen(rank=1, peak=Peak(bytes=2_000_000, when="loss", parts={"saved activations": 2_000_000})),
+        predicted=SimpleNamespace(seconds=1.6),
         imbalance=1.8 / 1.7,
         waiting_share=0.15,
         spans=SPANS,
@@ -74,6 +75,8 @@ def test_a_run_leaves_metrics_pictures_settings_and_summary(tmp_path, capsys):
     ]  # fmt: skip
     assert lines[1]["attention_bytes"] == 1 << 20
     assert (lines[1]["memory"], lines[1]["memory_foreseen"]) == (3_000_000, 2_000_000)
+    assert (lines[1]["seconds"], lines[1]["seconds_predicted"]) == (2.0, 1.6)
+    assert "2, predicted 1.6 (+25%)" in (tmp_path / "r" / "summary.txt").read_text()
     assert lines[1]["memory_parts"] == {"saved activations": 2_000_000}
     assert lines[1]["groups"] == "1x2 + 3x1" and lines[1]["tokens_per_second"] == 8000 and lines[1]["lr"] == 1e-3
     for picture in ("loss.png", "step.png"):

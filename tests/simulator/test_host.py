@@ -173,9 +173,9 @@ def measured(world: Any) -> HostCosts:
     backend.launch = charged(backend.launch, lambda inputs, *_: TILE * len(inputs[0]))
     posting = lambda sends, receives, tag: MESSAGE * (len(sends) + len(receives))  # noqa: E731
     world.channel.post = charged(world.channel.post, posting)
-    beginning = lambda executor, part, *_: ROUND * bool(part.calls)  # noqa: E731  of shared documents
+    running = lambda executor, program, *_: ROUND * sum(map(bool, program.calls))  # noqa: E731  of shared documents
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Executor, "_post", charged(Executor._post, beginning))
+        patch.setattr(Executor, "run", charged(Executor.run, running))
         patch.setattr(Route, "lowered", charged(Route.lowered, making))
         patch.setattr(profile_host, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
         patch.setattr(profile_clock, "time", SimpleNamespace(thread_time=lambda: clock[0]))
