@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hdp.attention.choose import choose
+from hdp.attention.choose import SIGNIFICANT_BITS, choose
 from hdp.attention.counts import Sizes
 from hdp.attention.lowered import Geometry
 from hdp.attention.mask import Mask
-from hdp.attention.predict import Case, Links, Rates
+from hdp.attention.predict import Case, Links, Rates, rounded
 from hdp.attention.schedules import SCHEDULES, get_pair, get_schedule
 
 AUTO = "auto"
@@ -59,7 +59,9 @@ class Chooser:
     call_seconds: float = 1e-5
     """Cost of a kernel call beyond its work."""
     kept_limit: float | None = None
-    """Bytes a layer may keep from forward to backward; None: any."""
+    """Bytes a layer may keep of a sequence from forward to backward; None: any."""
+    kept_per_token: float | None = None
+    """The same by the tokens that a rank has of it, of schedules both of which are to be chosen; None: any."""
 
     def __post_init__(self) -> None:
         if not self.flops > 0:
@@ -104,12 +106,19 @@ class Chooser:
             mask=mask,
             layout=layout,
             nodes=nodes,
-            kept_limit=self.kept_limit,
+            kept_limit=self.kept_limit if any(fixed) else self._kept_limit(length, len(group)),
             widens=geometry.widens,
             forward=fixed[0],
             backward=fixed[1],
         )
         return choose(case).names
+
+    def _kept_limit(self, length: int, size: int) -> float | None:
+        """By the length that the choice rounds to, so that as many lengths as before share an answer."""
+        if self.kept_per_token is None:
+            return self.kept_limit
+        found = self.kept_per_token * rounded(length, SIGNIFICANT_BITS) / size
+        return found if self.kept_limit is None else min(found, self.kept_limit)
 
 
 def resolve(

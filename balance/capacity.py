@@ -66,7 +66,12 @@ def _shared_bytes(shape: AttentionShape) -> tuple[float, float]:
         )
         for backward in (False, True)
     )
-    return arena / PROBED, 2.0 * shape.key_heads * shape.head_dim * shape.element
+    return arena / PROBED, kept_block(shape)
+
+
+def kept_block(shape: AttentionShape) -> float:
+    """Bytes a token of the block of keys and values that a ring keeps for its backward."""
+    return 2.0 * shape.key_heads * shape.head_dim * shape.element
 
 
 def rounded(capacity: int) -> int:

@@ -130,6 +130,9 @@ class Machine:
     """Of the model."""
     element_bytes: int = 4
     """Of an element of the parameters, as they are gathered."""
+    whole: float = 0.0
+    """What all layers at once took over what one of each kind says, by which ``cost`` is mended where it is far from 1; 0: the
+    model was too large to run whole."""
     root_share: float = 0.0
     """Part of the parameters that belongs to no layer (embeddings, head); 0: not known."""
     shape: ModelShape | None = None
@@ -147,7 +150,7 @@ class Machine:
             raise PlanError("machine: nodes is empty: give the ranks of each node, (8, 8) for two of eight")
         for size in self.nodes:
             _check_count("nodes", size)
-        for name in ("overlap", "gather_bandwidth", "reduce_bandwidth", "root_share", "flops"):
+        for name in ("overlap", "gather_bandwidth", "reduce_bandwidth", "whole", "root_share", "flops"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise PlanError(f"machine: {name} is {value!r}, must be a number of at least 0")

@@ -13,6 +13,10 @@ A Llama of 4 layers, width 256, 8 heads, FSDP2, AdamW; 40 log-normal documents o
   second largest in brackets. 32 documents of 150 to 770 tokens, links of 200 Mbit/s; 1.5 is ideal. ``unlike_tail``: the same
   for the 40 documents, of which four are longer than the capacity.
 
+- ``crossing``: with two nodes of two hosts, 200 Mbit/s inside and 20 across, documents that two ranks can hold and that are
+  shared across nodes all the same, of ``held_by_two``; ``uneven``: the nodes that a start on three and two hosts found.
+  Both train two steps.
+
 - ``memory_median``, ``memory_worst``: how far a rank's foreseen peak is from the measured one (``machine_memory.py``).
 
 ``--only`` runs some parts; with ``--keep`` each leaves its figures in FILE, and the last line has those of all parts kept. PATH
@@ -38,7 +42,7 @@ from typing import Any
 import machine_memory
 
 HOSTS, CAPACITY, ROUNDS = 4, 1024, 9
-PARTS = ("first", "links", "unlike", "memory")
+PARTS = ("first", "links", "unlike", "nodes", "memory")
 WHOLE = [150 + 20 * i for i in range(32)]
 """Tokens of documents, each of which one rank can hold."""
 
@@ -62,8 +66,9 @@ def worker(part: str, rounds: int) -> dict[str, Any]:
     begin = time.perf_counter()
     machine = find_machine(engine, "measure")
     known = time.perf_counter() - begin
-    loader = hdp.Loader(documents, engine, steps=1, **options)
-    next(iter(loader))
+    loader = hdp.Loader(documents, engine, steps=2, **options)
+    batches = iter(loader)
+    batch = next(batches)
     assert machine is not None
     found: dict[str, Any] = {
         "known": known,
@@ -72,7 +77,19 @@ def worker(part: str, rounds: int) -> dict[str, Any]:
         "mbit": [8e-6 * link.bandwidth for link in (machine.intra, machine.inter) if link],
         "speeds": machine.speeds,
         "machine": json.loads(machine.to_json()),
+        "nodes": machine.nodes,
     }
+    if part == "nodes":
+        topology, plan = machine.topology(), batch.plan
+        found["groups"] = [
+            (int(n), plan.group(i), topology.is_local(plan.group(i))) for i, n in enumerate(plan.lengths)
+        ]
+        found["losses"] = []
+        optimizer = torch.optim.SGD(engine.parameters(), lr=0.1)
+        for each in (batch, *batches):
+            found["losses"].append(engine.forward_backward(each).loss)
+            optimizer.step()
+            optimizer.zero_grad()
     if part in ("whole", "unlike"):
         found["ratios"], found["seconds"] = _in_turn(world, engine, documents, machine, options, rounds)
     world.close()
@@ -112,9 +129,19 @@ def _in_turn(
 # ---------------------------------------------------------------- from outside
 
 
-def hosts(cluster: str, cache: str, part: str, *, rate: str, cpu: str, rounds: int = 0, mesh: bool = False) -> Any:
-    """The JSON value on the last line of rank 0's output."""
-    start = [cluster, "-n", str(HOSTS), "-r", rate, "-c", cpu, *(["-p"] if mesh else []), "--"]
+def hosts(
+    cluster: str,
+    cache: str,
+    part: str,
+    *,
+    rate: str,
+    cpu: str,
+    rounds: int = 0,
+    extra: Sequence[str] = (),
+    count: int = HOSTS,
+) -> Any:
+    """The JSON value on the last line of rank 0's output. ``extra``: options of the cluster."""
+    start = [cluster, "-n", str(count), "-r", rate, "-c", cpu, *extra, "--"]
     command = [*start, sys.executable, __file__, "--worker", part, "--rounds", str(rounds)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HDP_CACHE": cache, "HDP_MACHINE": "measure"}
     done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True, env=environment, timeout=3600)
@@ -140,7 +167,7 @@ def links(cluster: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache:
         fast, slow = (hosts(cluster, cache, "links", rate=rate, cpu="50") for rate in ("200mbit", "50mbit"))
     with tempfile.TemporaryDirectory() as cache:
-        mesh = hosts(cluster, cache, "links", rate="100mbit", cpu="50", mesh=True)
+        mesh = hosts(cluster, cache, "links", rate="100mbit", cpu="50", extra=["-p"])
     for name, found in (("200 Mbit/s", fast), ("then 50 Mbit/s", slow), ("100 Mbit/s a pair", mesh)):
         show(name, found)
     return {
@@ -162,6 +189,22 @@ def unlike(cluster: str, rounds: int) -> dict[str, Any]:
         print(f"{name} {statistics.median(ratios):.3f} ({inner[0]:.3f} to {inner[-1]:.3f}), seconds {found['seconds']}")
         figures |= {name: statistics.median(ratios), f"{name}_speeds": found["speeds"]}
     return figures
+
+
+def nodes(cluster: str, rounds: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as cache:
+        two = hosts(cluster, cache, "nodes", rate="20mbit", cpu="50", extra=["-g", "2,2", "-i", "200mbit"])
+        uneven = hosts(cluster, cache, "nodes", rate="200mbit", cpu="40", extra=["-g", "3,2"], count=5)
+    for name, found in (("2 and 2 hosts", two), ("3 and 2 hosts", uneven)):
+        show(name, found)
+        shared = [(length, group) for length, group, _ in found["groups"] if len(group) > 1]
+        print(f"{name}: losses {found['losses']}, shared {shared}")
+    by_two = [(length, local) for length, _, local in two["groups"] if length <= 2 * CAPACITY]
+    return {
+        "held_by_two": len(by_two),
+        "crossing": sum(not local for _, local in by_two),
+        "uneven": uneven["nodes"],
+    }
 
 
 def memory(cluster: str, rounds: int) -> dict[str, Any]:
@@ -194,7 +237,7 @@ def main() -> None:
         sys.exit("give --cluster PATH")
     keep = arguments.keep
     figures: dict[str, Any] = json.loads(keep.read_text()) if keep and keep.exists() else {}
-    parts = {"first": first, "links": links, "unlike": unlike, "memory": memory}
+    parts = {"first": first, "links": links, "unlike": unlike, "nodes": nodes, "memory": memory}
     for name in arguments.only.split(","):
         figures |= parts[name](arguments.cluster, arguments.rounds)
         if keep:

@@ -54,6 +54,9 @@ class PlannedBatch:
     """``"token"``: every label token counts alike. ``"sample"``: every document does, however long it is."""
     machine: Machine | None = None
     """What it was planned for, by which the schedule ``"auto"`` is chosen; None: not known."""
+    kept_per_token: float | None = None
+    """Bytes that attention of a layer may keep of each token, by the memory there is: where schedules are chosen, not where
+    they are named; None: not known."""
     foreseen: Foreseen | None = None
     """The rank that is to hold most, and what; None: not known."""
     predicted: Evaluation | None = None
@@ -237,6 +240,7 @@ def build_inputs(
         zeros, positions = torch.zeros(DUMMY_TOKENS, dtype=torch.int64), torch.arange(DUMMY_TOKENS)
         parts.append((zeros, positions, torch.full_like(zeros, IGNORE_INDEX), None))
         routes.append(RouteShard(sequence=len(batch.indices), length=DUMMY_TOKENS, group=(runtime.rank,)))
+    chooser = None if batch.machine is None else chooser_of(batch.machine, batch.kept_per_token)
     has_weights = any(p[3] is not None for p in parts)
     token_weights = [torch.ones(len(p[0])) if p[3] is None else p[3] for p in parts] if has_weights else []
     return MicroBatchInputs(
@@ -244,7 +248,7 @@ def build_inputs(
         position_ids=torch.cat([p[1] for p in parts]).to(device),
         labels=torch.cat([p[2] for p in parts]).to(device),
         weights=torch.cat(token_weights).to(device) if token_weights else None,
-        route=Route(runtime, routes, (batch.step, slot), None if batch.machine is None else chooser_of(batch.machine)),
+        route=Route(runtime, routes, (batch.step, slot), chooser),
         sequences=tuple(shard.sequence for shard in shards),
         documents=tuple(batch.indices[shard.sequence] for shard in shards),
         counts=tuple(sum(stop - start for start, stop in shard.ranges) for shard in shards),

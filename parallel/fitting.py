@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,11 +32,18 @@ class Fits:
     Args:
         foresight: None: nothing is foreseen, and every plan fits.
         memory: bytes of every rank; None: as the engine found.
+        capacity: tokens of a micro-batch.
     """
 
-    def __init__(self, foresight: Foresight | None, memory: float | None) -> None:
+    def __init__(self, foresight: Foresight | None, memory: float | None, capacity: int) -> None:
         self.foresight = None if memory == math.inf else foresight
         self.memory = memory
+        self.kept_per_token: float | None = None
+        """What ``"auto"`` may let attention of a layer keep, for the plans that fit and the ranks that run them."""
+        if self.foresight is not None:
+            self.kept_per_token = kept = self.foresight.kept_per_token(capacity, memory)
+            if self.foresight.chooser is not None:
+                self.foresight = replace(self.foresight, chooser=replace(self.foresight.chooser, kept_per_token=kept))
 
     def plan(self, make: Callable[[int], Plan], capacity: int) -> tuple[Plan, Foreseen | None]:
         """The plan of ``make(capacity)``; where it would take more memory than there is, one of smaller micro-batches.

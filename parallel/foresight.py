@@ -10,6 +10,7 @@ same on every rank.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +24,7 @@ from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
 from hdp.attention.route import AttentionRuntime, LayerKey, RouteShard
 from hdp.attention.tasks import Part, tasks_of
-from hdp.balance.capacity import at_capacity, find_capacity
+from hdp.balance.capacity import at_capacity, find_capacity, kept_block
 from hdp.balance.footprint import AttentionShape, Footprint, shape_footprint
 from hdp.balance.foresee import Peak, foresee
 from hdp.balance.held import EngineMemory, Load
@@ -171,6 +172,18 @@ class Foresight:
         0: not even the smallest fits.
         """
         return find_capacity(self.model, self.engine, self.limit if memory is None else memory, most)
+
+    def kept_per_token(self, capacity: int, memory: float | None = None) -> float | None:
+        """Bytes that attention of a layer may keep of each token from forward to backward; None: any.
+
+        The block that a ring keeps, and what is left over where micro-batches of ``capacity`` tokens are full.
+        """
+        limit = self.limit if memory is None else memory
+        layers = sum(bool(layer.attention) for layer in self.model.layers)
+        if limit == math.inf or not layers:
+            return None
+        ring = max(kept_block(shape) for shape in self.kinds)
+        return max(ring + (limit - self.at_capacity(capacity).bytes) / (layers * capacity), 0.0)
 
     def at_capacity(self, capacity: int) -> Peak:
         """What a rank holds with full micro-batches of ``capacity`` tokens."""

@@ -65,7 +65,8 @@ class Known:
     def machine_number(self) -> int:
         """48 bits that tell what programs are chosen by from others."""
         digest = "" if self.machine is None else self.machine.digest
-        return int(hashlib.sha256((digest + self.chooser).encode()).hexdigest()[:12], 16)
+        text = f"{digest}{self.chooser}{self.fits.kept_per_token}"
+        return int(hashlib.sha256(text.encode()).hexdigest()[:12], 16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +306,7 @@ class Loader:
                 machine = self.engine.activations.known_to(machine)
             options |= {"cost": machine.cost, "topology": machine.topology()}
         chooser = self.world.runtime.chooser
-        fits = Fits(self.engine.foresee(machine), self.memory)
+        fits = Fits(self.engine.foresee(machine), self.memory, self.capacity)
         return Known(
             machine=machine, options=options, fits=fits, run=self._run, chooser=repr(chooser) if chooser else ""
         )
@@ -334,7 +335,13 @@ class Loader:
         if made.price and self.world.rank == 0:
             logger.log(logging.INFO if self._told else logging.WARNING, "step %d: %s", step, made.price)
             self._told = True
-        return replace(batch, foreseen=made.foreseen, predicted=made.predicted, machine=known.machine)
+        return replace(
+            batch,
+            foreseen=made.foreseen,
+            predicted=made.predicted,
+            machine=known.machine,
+            kept_per_token=known.fits.kept_per_token,
+        )
 
     def _price(self, indices: tuple[int, ...], plan: Plan, options: dict[str, Any]) -> str:
         """What fits only at a price, and at which: told by rank 0 when the batch is handed out, as a warning the first time."""

@@ -184,6 +184,7 @@ def describe(machine: Machine) -> str:
         f" {len(machine.nodes)} node{'s' if len(machine.nodes) > 1 else ''} of {_ranks(machine.nodes)}",
         machine.device,
         f"{tokens} tokens take {layer * 1e3:.3g} ms forward in each of {cost.layers} layers",
+        *([f"all of them {machine.whole:.2f} times what one of each kind says"] if machine.whole else []),
         f"attention {machine.flops / 1e9:.4g} GFLOP/s",
     ]
     for label, link in (("inside nodes", machine.intra), ("across nodes", machine.inter)):

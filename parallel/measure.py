@@ -24,17 +24,28 @@ from hdp.balance.cost import CostModel, recompute_bytes
 from hdp.balance.devices import DEVICES
 from hdp.balance.host import HostCosts
 from hdp.balance.machine import Machine, Probe, Tile
+from hdp.balance.measured import predicted
 from hdp.balance.models import ModelShape
 from hdp.offload.layers import find_layers
 from hdp.parallel.costs import NotKnown, device_name
-from hdp.parallel.measure_layers import Stopwatch, Terms, call_layers, terms_of, time_head, time_layers, time_tiles
+from hdp.parallel.measure_layers import (
+    Stopwatch,
+    Terms,
+    call_layers,
+    passage,
+    terms_of,
+    time_head,
+    time_layers,
+    time_tiles,
+    time_whole,
+)
 from hdp.parallel.measure_links import exchange, measure_links, peers_of
 from hdp.parallel.metrics import gather_numbers
 from hdp.parallel.profile_clock import Quota, host_clock, measure_own_quota
 from hdp.parallel.profile_collectives import collective_rates, measure_overlap
 from hdp.parallel.profile_host import Clock, host_costs
 from hdp.parallel.shapes import see_shape
-from hdp.parallel.skeleton import Sample, class_of, make_sample, shape_of
+from hdp.parallel.skeleton import Sample, class_of, make_sample, make_whole, shape_of
 from hdp.parallel.world import World
 
 if TYPE_CHECKING:
@@ -45,6 +56,11 @@ PARTS = (COMPUTE, LINKS)
 TILES_SECONDS, LAYERS_SECONDS, HEAD_SECONDS = 1.5, 3.0, 0.4
 """What is spent on each, about; two lengths of a layer are timed whatever they take."""
 HOST_TURNS, HOST_SECONDS = 3, 0.02
+WHOLE_BYTES, WHOLE_PASS, WHOLE_SECONDS = 1 << 28, 0.5, 1.0
+"""A model of so few bytes runs whole, over as many tokens as a pass of so many seconds holds; what is spent on it, about."""
+WHOLE_TOKENS = (1024, 256, 64)
+WHOLE_OFF = 0.1
+"""Of what its layers say, beyond which they are taken to cost what the whole model shows."""
 PROBE_SECONDS, PROBE_LINK_SECONDS = 0.15, 0.06
 PROBE_BYTES = (1 << 19, 1 << 23)
 OFF = 0.25
@@ -130,6 +146,8 @@ def _computed(engine: Engine, world: World, quota: Quota, before: Machine | None
     own = sum(kind.count * sum(each.seconds[-1]) for each, kind in zip(timed, sample.kinds, strict=True))
     all_own = ranks.all(own)
     host = _host(engine, world, shape, quota)
+    speeds = tuple(round(median(all_own) / seconds, 3) for seconds in all_own)
+    cost, whole = _against_whole(engine, watch, cost, host.piece_seconds, speeds)
     links = before or Machine(model="", device="", nodes=world.nodes, cost=cost, flops=1.0)
     return replace(
         links,
@@ -139,7 +157,8 @@ def _computed(engine: Engine, world: World, quota: Quota, before: Machine | None
         nodes=world.nodes,
         cost=cost,
         flops=4.0 * shape.heads * shape.head_dim / 2.0 / cost.quadratic if cost.quadratic else 1e12,
-        speeds=tuple(round(median(all_own) / seconds, 3) for seconds in all_own),
+        speeds=speeds,
+        whole=whole,
         tiles=tuple(
             Tile(tokens=t.tokens, forward=ranks.median(t.forward), backward=ranks.median(t.backward)) for t in tiles
         ),
@@ -149,6 +168,41 @@ def _computed(engine: Engine, world: World, quota: Quota, before: Machine | None
         element_bytes=engine.dtype.itemsize,
         shape=shape,
     )
+
+
+def _against_whole(
+    engine: Engine, watch: Stopwatch, cost: CostModel, piece: float, speeds: tuple[float, ...]
+) -> tuple[CostModel, float]:
+    """A cost of layers, checked by all of them at once where the model is small, and what that takes over what they say; 0: too
+    large.
+
+    Caches hold one layer better than many, and models do more than their layers. Attention stays what it was measured as, by
+    itself.
+    """
+    world, model = watch.world, engine.model
+    layers = replace(cost, head=0.0)
+    slowest = min(speeds)
+    fits = sum(shape_of(p).numel() for p in model.parameters()) * engine.dtype.itemsize <= WHOLE_BYTES
+    tokens = next((n for n in WHOLE_TOKENS if predicted(layers, n, 1, piece) / slowest <= WHOLE_PASS), 0)
+    if not fits or not tokens:
+        return cost, 0.0
+    reason = ""
+    try:
+        made = make_whole(model, engine.head, world.device, engine.dtype)
+        passage(made, world, tokens)()  # what a rank cannot run ends before ranks wait for each other
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    if any(_Ranks(world).all(float(bool(reason)))):
+        logger.info("layers were not checked by the whole model: %s", reason or "it does not run on another rank")
+        return cost, 0.0
+    seconds = _Ranks(world).median(time_whole(watch, made, tokens, WHOLE_SECONDS) * speeds[world.rank])
+    said = predicted(layers, tokens, 1, piece)
+    ratio = seconds / said
+    if abs(ratio - 1.0) <= WHOLE_OFF:
+        return cost, ratio
+    rest = said - predicted(replace(layers, linear=0.0, constant=0.0), tokens, 1, piece)
+    factor = min(max((seconds - (said - rest)) / rest, 0.5), 2.0) if rest > 0 else 1.0
+    return replace(cost, linear=cost.linear * factor, constant=cost.constant * factor), ratio
 
 
 class _Ranks:

@@ -119,18 +119,19 @@ def time_tiles(watch: Stopwatch, shape: ModelShape, dtype: torch.dtype, budget: 
 
 def call_layers(sample: Sample, world: World, length: int) -> list[Call]:
     """How a forward pass over one document of so many tokens calls each kind of layer."""
+    return record_calls(sample, passage(sample.model, world, length))
+
+
+def passage(model: nn.Module, world: World, length: int) -> Callable[[], Any]:
+    """A forward pass of one document of so many tokens on one rank."""
     inputs = micro_batch(world, [torch.zeros(length, dtype=torch.int64)], [(world.rank,)])()
-
-    def run() -> None:
-        sample.model(
-            input_ids=inputs.input_ids.unsqueeze(0),
-            position_ids=inputs.position_ids.unsqueeze(0),
-            attention_mask=planned_mask(world.device),
-            use_cache=False,
-            hdp_route=inputs.route,
-        )
-
-    return record_calls(sample, run)
+    return lambda: model(
+        input_ids=inputs.input_ids.unsqueeze(0),
+        position_ids=inputs.position_ids.unsqueeze(0),
+        attention_mask=planned_mask(world.device),
+        use_cache=False,
+        hdp_route=inputs.route,
+    )
 
 
 def time_layers(watch: Stopwatch, sample: Sample, budget: float) -> list[Timed]:
@@ -230,6 +231,27 @@ def time_head(watch: Stopwatch, shape: ModelShape, dtype: torch.dtype, budget: f
 
     _, ((seconds, _zero),) = watch.growing((HEAD_TOKENS,), budget, make)
     return seconds * shape.vocabulary / rows / HEAD_TOKENS
+
+
+def time_whole(watch: Stopwatch, model: nn.Module, length: int, budget: float) -> float:
+    """Seconds of a model without its head over one document of ``length`` tokens, forward and backward."""
+
+    def make(_: int) -> Callable[[], Pair]:
+        forward = passage(model, watch.world, length)
+
+        def run() -> Pair:
+            start = watch.clock()
+            out = forward()
+            hidden = out.logits if hasattr(out, "logits") else _first(out)
+            hidden.backward(torch.ones_like(hidden))
+            stop = watch.clock()
+            model.zero_grad(set_to_none=True)
+            return stop - start, 0.0
+
+        return run
+
+    _, ((seconds, _zero),) = watch.growing((length,), budget, make)
+    return seconds
 
 
 @dataclass(frozen=True, kw_only=True)

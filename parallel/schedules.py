@@ -14,8 +14,11 @@ if TYPE_CHECKING:
 
 
 @lru_cache(maxsize=64)
-def chooser_of(machine: Machine) -> Chooser:
-    """Resolves the schedule ``"auto"`` on the ranks of a machine."""
+def chooser_of(machine: Machine, kept_per_token: float | None = None) -> Chooser:
+    """Resolves the schedule ``"auto"`` on the ranks of a machine.
+
+    ``kept_per_token``: bytes that a layer may keep of each token beside what it saves anyway; None: any.
+    """
     topology, host = machine.topology(), machine.host
     return Chooser(
         links=Links(
@@ -31,6 +34,7 @@ def chooser_of(machine: Machine) -> Chooser:
         byte_seconds=host.message_byte,
         message_seconds=host.message_seconds,
         call_seconds=host.piece_seconds,
+        kept_per_token=kept_per_token,
     )
 
 

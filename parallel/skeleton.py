@@ -76,6 +76,14 @@ def make_sample(
     )
 
 
+def make_whole(model: nn.Module, head: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """All layers with parameters of their own, which take the memory of the model; its head returns its input."""
+    maker = _Maker(device, dtype)
+    output = maker.module(head, filled=False)
+    output.forward = lambda hidden, *_, **__: hidden
+    return maker.module(model, filled=True)
+
+
 def kind_of(layer: nn.Module) -> Any:
     """Equal for layers that compute alike: classes, shapes of parameters, and plain attributes of all parts."""
     parts = []

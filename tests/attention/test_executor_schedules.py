@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -343,6 +344,25 @@ def test_auto_takes_what_the_choice_says_and_a_fixed_name_wins() -> None:
     assert route.schedules(auto, key_of(HEADS["mha"])) == ("ring", "ring_q")
     whole = RouteShard(sequence=0, length=4096, group=(0,), schedule="auto", schedule_backward="auto")
     assert route.schedules(whole, key_of(HEADS["mha"])) == ("local", "local")
+
+
+def test_what_may_be_kept_counts_by_token_and_where_both_are_chosen() -> None:
+    free = Chooser(links=Links(kind="nic", inner_rate=1e7, outer_rate=1e7), flops=1e11)
+    group, geometry = (0, 1, 2, 3), key_of(HeadCount(query=8, key=8)).geometry()
+
+    def names(chooser: Chooser, length: int = 4096, **wanted: Any) -> tuple[str, str]:
+        return chooser.names(length, group, "zigzag", geometry, Mask(), **wanted)
+
+    whole = 3 * 8 * 64 * 2  # bytes of a token's queries, keys and values
+    assert names(free)[0].startswith("ulysses")
+    for length in (1024, 4096, 65536):
+        assert names(replace(free, kept_per_token=2.0 * whole), length) == names(free, length)
+        assert not names(replace(free, kept_per_token=0.5 * whole), length)[1].startswith("ulysses")
+    limit = replace(free, kept_limit=0.5 * whole * 1024)
+    assert names(replace(free, kept_per_token=0.5 * whole)) == names(limit)
+    assert names(replace(limit, kept_per_token=2.0 * whole)) == names(limit)
+    named = replace(free, kept_per_token=0.0)
+    assert names(named, wanted=("auto", "ulysses")) == names(free, wanted=("auto", "ulysses"))
 
 
 @pytest.mark.parametrize("schedule", ["auto/ring", "auto/ulysses", "ulysses/auto", "token_ring/auto", "auto/ring_q"])

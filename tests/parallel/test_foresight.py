@@ -12,19 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from stand_in import machine_of
 from tiny import make_documents
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hdp
 from hdp.attention.bound import Workspace
+from hdp.attention.route import Route
+from hdp.balance import Link, Topology
 from hdp.parallel.ddp import replicate
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 VOCABULARY = 512
 
 
-def make_model(layers: int = 5) -> nn.Module:
+def make_model(layers: int = 5, key_heads: int = 4) -> nn.Module:
     """Large enough that tensors, not numbers, are what memory is taken by."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -33,7 +36,7 @@ def make_model(layers: int = 5) -> nn.Module:
         intermediate_size=256,
         num_hidden_layers=layers,
         num_attention_heads=8,
-        num_key_value_heads=4,
+        num_key_value_heads=key_heads,
         max_position_embeddings=65536,
         use_cache=False,
     )
@@ -207,6 +210,51 @@ def test_a_plan_that_takes_more_is_made_again(ranks: Callable[[int], Any]) -> No
     assert "x2" not in roomy[0]["groups"][0] and roomy[0]["foreseen"][0].bytes > 45e6
     assert "x2" in tight[0]["groups"][0] and max(one.bytes for one in tight[0]["foreseen"]) <= 45e6
     assert max(found["taken"] for found in tight) <= 45e6
+
+
+def chosen(world: hdp.World, share: float) -> tuple[float, set[tuple[str, str]], list[float], float]:
+    """What may be kept, the schedules chosen on slow links, what was foreseen, and the memory: for full micro-batches in a ring
+    and ``share`` of what Ulysses keeps beyond."""
+    engine, capacity = hdp.shard(make_model(key_heads=8), world), 500
+    foresight = engine.foresight
+    assert foresight is not None
+    (shape,) = foresight.kinds
+    beyond = (shape.heads + shape.key_heads * 2) * shape.head_dim * shape.element  # q, k and v of all that travels
+    memory = foresight.at_capacity(capacity).bytes + share * beyond * 5 * capacity
+    link = Link(bandwidth=1e6, latency=0.0)
+    slow = machine_of(world.world_size, topology=Topology(world_size=4, ranks_per_node=4, intra=link, inter=link))
+    documents = [ids % VOCABULARY for ids in make_documents([1900, 40])]
+    world.runtime.schedule = "auto"
+    names, foreseen = set(), []
+    resolved = Route.schedules
+
+    def noting(route: Route, *arguments: Any) -> tuple[str, str]:
+        found = resolved(route, *arguments)
+        if found[0] != "local":
+            names.add(found)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Route, "schedules", noting)
+        loader = hdp.Loader(
+            documents, engine, tokens_per_step=2000, capacity=capacity, memory=memory, machine=slow, planner="naive"
+        )
+        for batch in loader:
+            engine.forward_backward(batch)
+            foreseen.append(batch.foreseen.bytes)
+            kept = batch.kept_per_token
+    world.runtime.schedule = None
+    assert kept is not None
+    return kept, names, foreseen, memory
+
+
+def test_what_is_chosen_keeps_to_the_memory_there_is(ranks: Callable[[int], Any]) -> None:
+    for share in (0.1, 2.0):
+        first, *others = ranks(4).run(chosen, share)
+        assert others == [first] * 3
+        kept, names, foreseen, memory = first
+        assert kept > 0 and max(foreseen) <= memory
+        assert all(backward.startswith("ulysses") == (share == 2.0) for _, backward in names) and names, names
 
 
 def refusals(world: hdp.World) -> list[str]:

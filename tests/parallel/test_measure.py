@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hdp
-from hdp.balance import Machine
+from hdp.balance import CostModel, Machine
 from hdp.balance.machine import Probe, Tile
+from hdp.balance.measured import predicted
 from hdp.parallel import machine as parallel_machine
 from hdp.parallel import machine_cache, measure, measure_layers, measure_links, profile_clock
 from hdp.parallel.engine import Engine
@@ -88,6 +90,7 @@ def test_measured_once_then_probed(ranks, tmp_path):
     assert first.intra is not None and first.inter is None and first.intra.bandwidth > 1e6
     assert first.host.piece_seconds + first.host.message_seconds + first.host.round_seconds > 0
     assert [tile.tokens for tile in first.tiles] == [16, 64, 256]
+    assert first.whole > 0
     line = next(line for line in lines if "machine, " in line)
     assert "hdp: machine, measured in" in line and "2 ranks on 1 node of 2" in line and "MB/s" in line
     (entry,) = (tmp_path / "machines").iterdir()
@@ -95,6 +98,68 @@ def test_measured_once_then_probed(ranks, tmp_path):
     # Its own probe, an hour ago: what it says now is as it was.
     loose = replace(first.probe, compute=(0.0, 0.0), seconds=(0.0, 0.0))
     assert all(machine == replace(first, probe=loose) for machine, _ in ranks(2).run(started, folder, Forgotten()))
+
+
+WHOLE_TOKENS, WHOLE_BYTES = 64, 1 << 16
+
+
+def against_the_whole(world: hdp.World, ratio: float) -> list[tuple[float, float, float]]:
+    """Where the whole model takes ``ratio`` times what layers say: its seconds, what the cost says then, and the ratio."""
+    engine = hdp.shard(make_model(), world)
+    cost = CostModel(layers=2, quadratic=1e-9, linear=1e-6, constant=1e-5, head=1e-6)
+    layers, piece, speeds = replace(cost, head=0.0), 1e-6, (1.0, 0.5)
+    seconds = ratio * predicted(layers, WHOLE_TOKENS, 1, piece)
+    watch, found = measure_layers.Stopwatch(world, time.perf_counter), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "time_whole", lambda *_: seconds / speeds[world.rank])
+        patch.setattr(measure, "WHOLE_TOKENS", (WHOLE_TOKENS,))
+        for limit in (measure.WHOLE_BYTES, WHOLE_BYTES):
+            patch.setattr(measure, "WHOLE_BYTES", limit)
+            made, whole = measure._against_whole(engine, watch, cost, piece, speeds)
+            assert made.head == cost.head and made.quadratic == cost.quadratic
+            found.append((seconds, predicted(replace(made, head=0.0), WHOLE_TOKENS, 1, piece), whole))
+    return found
+
+
+@pytest.mark.parametrize("ratio", [1.05, 0.8, 1.4])
+def test_a_small_model_runs_whole_as_a_check(ranks, ratio):
+    for checked, too_large in ranks(2).run(against_the_whole, ratio):
+        seconds, said, whole = checked
+        assert whole == pytest.approx(ratio)
+        assert said == pytest.approx(seconds / ratio if abs(ratio - 1) < measure.WHOLE_OFF else seconds)
+        seconds, said, whole = too_large
+        assert whole == 0 and said == pytest.approx(seconds / ratio)
+
+
+def whole_and_layers(world: hdp.World) -> tuple[float, float]:
+    """By a clock that moves by one where a layer is called, by four in the norm behind them and by none in backward."""
+    ticks = [0.0]
+
+    class Norm(nn.Identity):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            ticks[0] += 4.0
+            return hidden
+
+    class Mlp(nn.Identity):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            ticks[0] += 1.0
+            return hidden * 1.0
+
+    model = make_model()
+    model.model.norm = Norm()
+    for layer in model.model.layers:
+        layer.mlp = Mlp()
+    engine = hdp.shard(model, world)
+    watch = measure_layers.Stopwatch(world, lambda: ticks[0])
+    made = measure.make_whole(engine.model, engine.head, world.device, engine.dtype)
+    parameters = {id(p) for p in made.parameters()}
+    assert len(parameters) == len(list(model.parameters())) and not parameters & {id(p) for p in model.parameters()}
+    return measure.time_whole(watch, made, 64, 0.05), float(len(model.model.layers))
+
+
+def test_the_whole_is_what_the_model_does_beside_its_layers_too(ranks):
+    for seconds, layers in ranks(2).run(whole_and_layers):
+        assert seconds == layers + 4.0
 
 
 class Forgotten:
