@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hdp.balance.bounds import fewest_ranks, shortest_share, step_bound, ticks_spent
+from hdp.balance.bounds import fewest_ranks, host_ticks, shortest_share, step_bound, ticks_spent
 from hdp.balance.memory import capacity_with
 from hdp.balance.plan import IntArray, PlanError
 from hdp.balance.planners.problem import Problem
@@ -171,5 +171,6 @@ def _work_within(problem: Problem, sequences: IntArray, ticks: float) -> NDArray
     if len(long):
         sizes, across = fewest_ranks(problem, sequences[long], int(ticks))
         spent = ticks_spent(problem, sequences[long], sizes, across)
-        work[long] = np.maximum(work[long], (spent - 4 * sizes).astype(np.float64))  # 4: rounding of shares
+        host = host_ticks(problem, sequences[long], sizes)
+        work[long] = np.maximum(work[long], (spent - 4 * sizes).astype(np.float64)) + host  # 4: rounding of shares
     return work

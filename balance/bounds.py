@@ -83,9 +83,19 @@ def best_size(problem: Problem, sequences: IntArray, across: int) -> IntArray:
 
 
 def ticks_spent(problem: Problem, sequences: IntArray, sizes: IntArray, across: IntArray) -> IntArray:
-    """Ticks of all members together, without the latency of hops: sequences packed into one ring pay that once."""
-    costs = replace(problem.costs, latency=(0, 0))
-    return np.asarray(costs.share(sequences, sizes, across) * sizes, dtype=np.int64)
+    """Ticks of all members together, without what sharing takes the host (:func:`host_ticks`) and without the latency of hops,
+    which sequences packed into one ring pay once."""
+    costs = replace(problem.costs.without_host(), latency=(0, 0))
+    alone = 2 * problem.costs.tile
+    return np.asarray(costs.share(sequences, sizes, across) * sizes, dtype=np.int64) + alone
+
+
+def host_ticks(problem: Problem, sequences: IntArray, sizes: IntArray) -> IntArray:
+    """What sharing takes the hosts of all members together, beyond the tiles of a whole sequence; rounds and messages left out,
+    which sequences packed into one ring pay once."""
+    costs = replace(problem.costs, message=0, round=0)
+    passes = [costs.host(phase, 1, costs.handling[phase][sequences], sizes) for phase in (0, 1)]
+    return np.asarray(np.where(sizes > 1, sizes * (passes[0] + passes[1]) - 2 * costs.tile, 0), dtype=np.int64)
 
 
 def shortest_share(problem: Problem, sequences: IntArray) -> IntArray:
@@ -102,7 +112,7 @@ def shortest_share(problem: Problem, sequences: IntArray) -> IntArray:
 
 def _missed(problem: Problem, ticks: Any, across: int) -> Any:
     """How much shorter than at :func:`best_size` a share of about ``ticks`` may be at a size near it, and more."""
-    return ticks // 1024 if problem.costs.latency[across] else 0 * ticks
+    return ticks // 1024 if problem.costs.latency[across] or problem.costs.has_host else 0 * ticks
 
 
 def step_bound(problem: Problem) -> int:
@@ -110,7 +120,7 @@ def step_bound(problem: Problem) -> int:
 
     Within T ticks a sequence needs as many ranks as keep its share below T, and loses on each of them what its ring does
     not hide. Loss counts only while every longer sequence loses as well: a longer one that hides its ring could be packed
-    with it and hide both.
+    with it and hide both. What sharing takes the host hides nowhere, and counts for all.
     """
     order = problem.descending
     if not len(order):
@@ -134,19 +144,23 @@ def _could_take(problem: Problem, order: IntArray, makespan: int) -> bool:
     work = int(problem.costs.work.sum())
     if ticks < 0 or work > ticks * problem.world_size:
         return False
-    lost, at = 0, 0
+    lost, at, all_lose = 0, 0, True
     while at < len(order):  # in blocks, for usually only a few lose
         block = order[at : at + 64]
         sizes, across = fewest_ranks(problem, block, ticks)
         if np.any(sizes > problem.world_size):
             return False
-        losses = ticks_spent(problem, block, sizes, across) - problem.costs.work[block]
-        exposed = losses > sizes * 4  # more than what rounding up to ticks explains
-        stop = len(block) if exposed.all() else int(np.argmin(exposed))
-        lost += int((losses - 4 * sizes)[:stop].sum())
+        if problem.costs.has_host:
+            lost += int(host_ticks(problem, block, sizes).sum())
+        if all_lose:
+            losses = ticks_spent(problem, block, sizes, across) - problem.costs.work[block]
+            exposed = losses > sizes * 4  # more than what rounding up to ticks explains
+            stop = len(block) if exposed.all() else int(np.argmin(exposed))
+            lost += int((losses - 4 * sizes)[:stop].sum())
+            all_lose = stop == len(block)
         if work + lost > ticks * problem.world_size:
             return False
-        if stop < len(block):
+        if not all_lose and not (problem.costs.has_host and np.any(sizes > 1)):
             # The longest of the rest decides whether the makespan is long enough at all.
             return True
         at += len(block)

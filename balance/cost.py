@@ -73,6 +73,15 @@ class CostModel:
     """Bytes on a local disk for what host memory does not hold."""
     copy_bandwidth: float = 0.0
     """Bytes per second between device and host, per rank, all ranks of a node copying at once; 0 for no offload."""
+    tile_seconds: float = 0.0
+    """Of the host per layer and pass, for each tile of each document beyond what its tokens cost: ``n`` tiles of one that ``n``
+    ranks share, one of one that is whole. This and the three below are 0 where they are hidden, or not known."""
+    message_seconds: float = 0.0
+    """Of the host per layer, for each message of a ring, sent or received."""
+    round_seconds: float = 0.0
+    """Of the host per layer and pass, for each round of a ring."""
+    byte_seconds: float = 0.0
+    """For each byte sent or received, taken from computation: on CPUs the same core copies it."""
     is_default: bool = False
     """Whether nobody said which model this is (:func:`default_cost`): errors then do not speak of its layers."""
 
@@ -176,10 +185,9 @@ class CostModel:
             linear = linear + s * (self.recomputed * self.linear)
             forward = once / (once * (1.0 + self.backward_linear) + self.recomputed * self.linear) if once else forward
             constant += self.recomputed * self.constant / 3.0  # of both passes a third is forward
+        sizes = (self.ring_bytes, self.ring_bytes_backward)
         rings = [
-            s * (self.layers * size / link.bandwidth)
-            for link in (topology.intra, topology.inter)
-            for size in (self.ring_bytes, self.ring_bytes_backward)
+            s * (self.layers * size / link.bandwidth) for link in (topology.intra, topology.inter) for size in sizes
         ]
         latency = [round(self.layers * link.latency / TICK) for link in (topology.intra, topology.inter)]
         costs = Costs(
@@ -191,10 +199,17 @@ class CostModel:
             constant=round(constant / TICK),
             forward=forward,
             copy=self.movable_bytes / self.copy_bandwidth / TICK if self.copy_bandwidth else 0.0,
+            tile=self._host_ticks(self.tile_seconds),
+            message=self._host_ticks(self.message_seconds),
+            round=self._host_ticks(self.round_seconds),
+            handling=np.stack([_ticks(s * (2.0 * self.layers * size * self.byte_seconds)) for size in sizes]),
         )
         if float(costs.work.astype(np.float64).sum()) > 2.0**62:
             raise PlanError("the batch costs more than 2^62 ticks of 2^-32 s: check the cost model's units (seconds)")
         return costs
+
+    def _host_ticks(self, seconds: float) -> int:
+        return round(self.layers * seconds / TICK)
 
 
 def recompute_bytes(shape: ModelShape, bytes_per_element: int) -> float:
@@ -244,11 +259,33 @@ class Costs:
     """Share of the forward pass in ``linear``."""
     copy: float
     """One token's activations of all layers but those that stay, one way between device and host; 0: free."""
+    tile: int
+    """The host's, of one tile in one pass."""
+    message: int
+    round: int
+    handling: IntArray
+    """[2, sequences]: the host's, forward and backward, of sending and receiving all bytes that a ring passes on."""
 
     @property
     def work(self) -> IntArray:
         """Ticks of each sequence on one rank."""
-        return self.linear + self.attention[0] + self.attention[1]
+        return self.linear + self.attention[0] + self.attention[1] + 2 * self.tile
+
+    @property
+    def has_host(self) -> bool:
+        """Whether sharing takes the host anything."""
+        return bool(self.tile or self.message or self.round or self.handling.any())
+
+    def without_host(self) -> Costs:
+        """The same terms where sharing takes the host nothing."""
+        return replace(self, tile=0, message=0, round=0, handling=0 * self.handling)
+
+    def host(self, phase: int, documents: Any, handling: Any, size: Any) -> Any:
+        """Ticks that one pass of a ring of ``size`` (above 1) takes each member's host: tiles of its ``documents``, rounds and
+        messages once for all of them (:mod:`hdp.balance.host`), and ``handling``, the sum of theirs."""
+        messages = 2 * ((size - 1) + phase * (size - 2))
+        bytes_ = -(-((size - 1) * handling) // size)
+        return documents * size * self.tile + size * self.round + messages * self.message + bytes_
 
     def share(self, index: Any, size: Any, across: Any) -> Any:
         """Ticks of one member's share of sequences ``index`` on groups of ``size``; ``across``: spans nodes (0 or 1)."""
@@ -259,7 +296,8 @@ class Costs:
         for phase in (0, 1):
             ring = np.where(across == 1, self.ring[1, phase][index], self.ring[0, phase][index])
             alone = self.attention[phase][index]
-            total = total + np.where(size > 1, ring_phase(alone, ring, latency, size), alone)
+            shared = ring_phase(alone, ring, latency, size) + self.host(phase, 1, self.handling[phase][index], size)
+            total = total + np.where(size > 1, shared, alone + self.tile)
         return total
 
 

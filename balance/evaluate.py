@@ -1,10 +1,11 @@
 """How long a plan takes under a cost model, and where its ranks wait.
 
 Three rules. Shares of one group in one micro-batch run as one packed ring: their attention and their bytes add up before
-the larger of the two counts. And sharers stay together: ranks that share a sequence in a slot, directly or through
-others, begin that micro-batch when the last of them is ready and end it together, because every layer's ring couples
-them. Unshared micro-batches wait for nobody; in regime ``slot`` every slot ends with the slowest rank. And copies of
-offloaded activations run beside computation, out during forward and back during backward: what takes longer counts.
+the larger of the two counts, and rounds and messages take the host once. And sharers stay together: ranks that share a
+sequence in a slot, directly or through others, begin that micro-batch when the last of them is ready and end it together,
+because every layer's ring couples them. Unshared micro-batches wait for nobody; in regime ``slot`` every slot ends with the
+slowest rank. And copies of offloaded activations run beside computation, out during forward and back during backward: what
+takes longer counts.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def _slot_work(plan: Plan, costs: Costs, topology: Topology, sequences: IntArray
     whole = sequences[sizes == 1]
     ranks = plan.group_ranks[plan.group_offsets[whole]]
     forward = (costs.linear[whole] * costs.forward).astype(np.int64)
-    np.add.at(passes[0], ranks, topology.slowed(costs.attention[0][whole] + forward, ranks))
-    np.add.at(passes[1], ranks, topology.slowed(costs.attention[1][whole] + costs.linear[whole] - forward, ranks))
+    for phase, linear in enumerate((forward, costs.linear[whole] - forward)):
+        np.add.at(passes[phase], ranks, topology.slowed(costs.attention[phase][whole] + linear + costs.tile, ranks))
     present[ranks] = True
     rings: dict[bytes, list[int]] = {}  # packed: by group
     for i in sequences[sizes > 1].tolist():
@@ -126,7 +127,8 @@ def _packed_ring(costs: Costs, topology: Topology, sequences: list[int], group: 
     for phase, each in enumerate((forward, linear - forward)):
         whole = np.full(size, int(costs.attention[phase][sequences].sum()), dtype=np.int64)
         ring = int(costs.ring[across, phase][sequences].sum())
-        passes[phase] = topology.slowed(np.full(size, each, dtype=np.int64), group)
+        host = costs.host(phase, len(sequences), int(costs.handling[phase][sequences].sum()), size)
+        passes[phase] = topology.slowed(np.full(size, each + host, dtype=np.int64), group)
         passes[phase] += ring_phase(topology.slowed(whole, group), ring, costs.latency[across], size)
     return passes
 

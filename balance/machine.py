@@ -4,7 +4,7 @@ One frozen value, measured (``hdp profile``, and at the start of a job), read fr
 Planner, choice of schedules, offload and simulator are given it; nothing changes it.
 
     machine = Machine.read("machine.json")
-    plan(lengths, machine.topology(world_size=64), machine.cost, ...)
+    plan(lengths, machine.topology(world_size=64), machine.planning, ...)
 """
 
 from __future__ import annotations
@@ -239,6 +239,18 @@ class Machine:
             parameters=parameters,
             root_share=root / parameters,
             shape=replace(self.shape, layers=layers, window_layers=windows) if self.shape else None,
+        )
+
+    @cached_property
+    def planning(self) -> CostModel:
+        """``cost`` with what sharing takes the host, as planners count it."""
+        host, layers = self.host, self.cost.layers
+        return replace(
+            self.cost,
+            tile_seconds=host.piece_seconds + host.piece_setup / layers,
+            message_seconds=host.message_seconds + host.message_setup / layers,
+            round_seconds=host.round_seconds,
+            byte_seconds=host.message_byte,
         )
 
     @cached_property

@@ -128,7 +128,7 @@ def main() -> None:
                 "speed": speed,
                 "as_profiled": as_profiled.seconds,
                 "hostless": simulate(made, now, replace(there, host=HostCosts())).seconds,
-                "evaluated": evaluate(made, measured.cost, there.topology).seconds,
+                "evaluated": evaluate(made, measured.planning, there.topology).seconds,
                 "measured": statistics.median(seconds),
                 "noise": noise(seconds),
                 "seconds": seconds,
@@ -149,7 +149,7 @@ def main() -> None:
 def predict(measured: Machine, lengths: Sequence[int] | IntArray, planner: str) -> tuple[Plan, Simulation]:
     """The plan of a batch, and what the profile says of it: as ``hdp simulate --machine`` does."""
     cluster = Cluster.of_machine(measured)
-    made = plan(lengths, cluster.topology, measured.cost, capacity=CAPACITY, planner=planner)
+    made = plan(lengths, cluster.topology, measured.planning, capacity=CAPACITY, planner=planner)
     return made, simulate(made, measured.cost, cluster)
 
 

@@ -22,6 +22,7 @@ struct Machine {
   int node = 0;
   i64 capacity = 0;       // tokens of a micro-batch
   i64 latency[2] = {0, 0};  // one hop in all layers: within a node, across nodes
+  i64 tile = 0, message = 0, round = 0;  // what each takes the host in one pass through all layers
   std::vector<int> node_of;  // of each rank
 
   Machine(int ranks, int ranks_per_node, i64 tokens, i64 within, i64 across)
@@ -41,6 +42,7 @@ struct Sequences {
   const i64* linear = nullptr;        // everything but attention, forward and backward
   const i64* attention[2] = {};       // forward, backward
   const i64* ring[2][2] = {};         // [within, across][forward, backward]: all of it over one link
+  const i64* handling[2] = {};        // forward, backward: the host's, of all bytes that a ring passes on
   const i64* smallest = nullptr;      // fewest ranks that hold the sequence
   std::vector<i64> work;              // on one rank
 
@@ -52,7 +54,7 @@ struct Sequences {
 
   void finish(const Machine& machine) {
     work.resize(count);
-    for (int d = 0; d < count; ++d) work[d] = linear[d] + attention[0][d] + attention[1][d];
+    for (int d = 0; d < count; ++d) work[d] = linear[d] + attention[0][d] + attention[1][d] + 2 * machine.tile;
     narrow = std::min<i64>(machine.largest(), 16);
     inside.assign(count * (narrow + 1), 0);
     for (auto& known : hidden) known.assign(count, 0);
@@ -60,12 +62,36 @@ struct Sequences {
   }
 };
 
-// Ticks of one member of a ring of n, given all of its work: n tiles a pass, each but the last hiding the next hop.
-inline i64 ring_share(const Machine& machine, i64 n, int across, i64 linear, const i64 (&attention)[2], const i64 (&ring)[2]) {
-  i64 total = ceil_div(linear, n);
+// Sequences that run as one ring, added up.
+struct Ring {
+  i64 documents = 0, linear = 0, attention[2] = {0, 0}, bytes[2] = {0, 0}, handling[2] = {0, 0};
+
+  void add(const Sequences& seq, int d, int across) {
+    ++documents;
+    linear += seq.linear[d];
+    for (int phase : {0, 1}) {
+      attention[phase] += seq.attention[phase][d];
+      bytes[phase] += seq.ring[across][phase][d];
+      handling[phase] += seq.handling[phase][d];
+    }
+  }
+
+  // An average one of `count`.
+  Ring part(i64 count) const {
+    Ring one = *this;
+    one.documents /= count, one.linear /= count;
+    for (int phase : {0, 1}) one.attention[phase] /= count, one.bytes[phase] /= count, one.handling[phase] /= count;
+    return one;
+  }
+};
+
+// Ticks of one member of a ring of n: n tiles a pass, each but the last hiding the next hop, and what it takes the host.
+inline i64 ring_share(const Machine& machine, i64 n, int across, const Ring& ring) {
+  i64 total = ceil_div(ring.linear, n) + 2 * n * (ring.documents * machine.tile + machine.round);
   for (int phase = 0; phase < 2; ++phase) {
-    const i64 hops = (n - 1) * machine.latency[across] + ceil_div((n - 1) * ring[phase], n) + attention[phase] / n / n;
-    total += std::max(ceil_div(attention[phase], n), hops);
+    const i64 hops = (n - 1) * machine.latency[across] + ceil_div((n - 1) * ring.bytes[phase], n) + ring.attention[phase] / n / n;
+    total += std::max(ceil_div(ring.attention[phase], n), hops);
+    total += 2 * (n - 1 + phase * (n - 2)) * machine.message + ceil_div((n - 1) * ring.handling[phase], n);
   }
   return total;
 }
@@ -74,8 +100,9 @@ inline i64 ring_share(const Machine& machine, i64 n, int across, i64 linear, con
 inline i64 share(const Machine& machine, const Sequences& seq, int d, i64 n, int across) {
   if (n <= 1) return seq.work[d];
   const auto ticks = [&] {
-    return ring_share(machine, n, across, seq.linear[d], {seq.attention[0][d], seq.attention[1][d]},
-                      {seq.ring[across][0][d], seq.ring[across][1][d]});
+    Ring ring;
+    ring.add(seq, d, across);
+    return ring_share(machine, n, across, ring);
   };
   if (across || n > seq.narrow) return ticks();
   i64& known = seq.inside[d * (seq.narrow + 1) + n];
@@ -84,7 +111,7 @@ inline i64 share(const Machine& machine, const Sequences& seq, int d, i64 n, int
 }
 
 // Ranks of a node, or of the world, over which a share is shortest. Shares fall with n until the hops of the ring, their
-// latency above all, outweigh what the others take over.
+// latency and what they take the host, outweigh what the others take over.
 inline i64 best_size(const Machine& machine, const Sequences& seq, int d, int across) {
   const int high = across ? machine.world : machine.largest();
   int& known = seq.best[across][d];

@@ -111,13 +111,11 @@ class SlotLevel {
       const Members group = members(shared[i]);
       const int across = machine_.node_of[group.front()] != machine_.node_of[group.back()];
       const i64 s = slot(shared[i]);
-      i64 linear = 0, attention[2] = {0, 0}, ring[2] = {0, 0};
+      Ring ring;
       for (; i < shared.size() && slot(shared[i]) == s && members(shared[i]) == group; ++i) {
-        const int d = plan_.groups.sequences[shared[i]];
-        linear += seq_.linear[d];
-        for (int phase : {0, 1}) attention[phase] += seq_.attention[phase][d], ring[phase] += seq_.ring[across][phase][d];
+        ring.add(seq_, plan_.groups.sequences[shared[i]], across);
       }
-      const i64 ticks = ring_share(machine_, static_cast<i64>(group.size()), across, linear, attention, ring);
+      const i64 ticks = ring_share(machine_, static_cast<i64>(group.size()), across, ring);
       for (int r : group) load_[at(static_cast<int>(s), r)] += ticks;
     }
   }

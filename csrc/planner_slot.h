@@ -202,7 +202,8 @@ class Packs {
 
  private:
   struct Pack {
-    i64 work = 0, tokens = 0, linear = 0, attention[2] = {0, 0}, ring[2] = {0, 0};
+    i64 work = 0, tokens = 0;
+    Ring ring;
   };
 
   const Machine& machine_;
@@ -223,9 +224,7 @@ class Packs {
     for (i64 n = 1; n <= machine_.largest(); ++n) {
       if (machine_.largest() % n || ceil_div(longest, n) > machine_.capacity) continue;
       const i64 packs = machine_.world / n * std::max<i64>(1, ceil_div(all.tokens, machine_.capacity * machine_.world));
-      const i64 attention[2] = {all.attention[0] / packs, all.attention[1] / packs};
-      const i64 ring[2] = {all.ring[0] / packs, all.ring[1] / packs};
-      const i64 ticks = n == 1 ? all.work / packs : ring_share(machine_, n, 0, all.linear / packs, attention, ring);
+      const i64 ticks = n == 1 ? all.work / packs : ring_share(machine_, n, 0, all.ring.part(packs));
       if (ticks <= least + least / 4096) best = n;
       least = std::min(least, ticks);
     }
@@ -267,11 +266,7 @@ class Packs {
   void add(Pack& pack, int d, i64 part) const {
     pack.work += seq_.work[d];
     pack.tokens += part;
-    pack.linear += seq_.linear[d];
-    for (int phase = 0; phase < 2; ++phase) {
-      pack.attention[phase] += seq_.attention[phase][d];
-      pack.ring[phase] += seq_.ring[0][phase][d];
-    }
+    pack.ring.add(seq_, d, 0);
   }
 
   Assignment deal(const std::vector<Pack>& packs, const std::vector<int>& pack_of) const {
@@ -299,7 +294,7 @@ class Packs {
 
   i64 ticks(const Pack& pack) const {
     if (size_ == 1) return pack.work;
-    return ring_share(machine_, size_, 0, pack.linear, pack.attention, pack.ring);
+    return ring_share(machine_, size_, 0, pack.ring);
   }
 };
 

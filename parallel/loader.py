@@ -59,7 +59,7 @@ class Known:
 
     def predicted(self, plan: Plan) -> Evaluation | None:
         """What the machine says of a plan; None: it is not known."""
-        return None if self.machine is None else evaluate(plan, self.machine.cost, self.machine.topology())
+        return None if self.machine is None else evaluate(plan, self.machine.planning, self.machine.topology())
 
     @property
     def machine_number(self) -> int:
@@ -304,7 +304,7 @@ class Loader:
         if machine is not None:
             if self.engine.activations is not None:
                 machine = self.engine.activations.known_to(machine)
-            options |= {"cost": machine.cost, "topology": machine.topology()}
+            options |= {"cost": machine.planning, "topology": machine.topology()}
         chooser = self.world.runtime.chooser
         fits = Fits(self.engine.foresee(machine), self.memory, self.capacity)
         return Known(

@@ -29,19 +29,22 @@ MOST_DOCUMENTS = 1024
 """Documents times ranks, and documents, up to which batches are planned in several ways."""
 NEAR = 1.001
 """Makespan over the bound up to which no other way is tried, and over that of another way up to which the search's plan is
-kept: it cuts fewer documents, and messages and kernel calls cost time that the makespan does not count."""
+kept."""
+CLOSE = 1.01
+"""Where sharing takes the host something: makespan over that of the fastest plan up to which the one that shares fewest
+documents is taken, for what sharing costs is known worst."""
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Offload ratios up to which a plan is made, as parts of the ratio allowed."""
 
 
 def terms(problem: Problem, order: IntArray, room: int) -> IntArray:
-    """What the search reads: int64 [9, sequences of ``order``], see ``csrc/planner.cpp``; ``room``: tokens of a share."""
+    """What the search reads: int64 [11, sequences of ``order``], see ``csrc/planner.cpp``; ``room``: tokens of a share."""
     costs = problem.costs
-    rows = np.empty((9, len(order)), dtype=np.int64)
+    rows = np.empty((11, len(order)), dtype=np.int64)
     lengths = rows[0]
     for row, of_all in zip(
-        (0, 2, 3, 4, 5, 6, 7, 8),
-        (costs.lengths, costs.linear, *costs.attention, *costs.ring.reshape(4, -1)),
+        (0, *range(2, 11)),
+        (costs.lengths, costs.linear, *costs.attention, *costs.ring.reshape(4, -1), *costs.handling),
         strict=True,
     ):
         np.take(of_all, order, out=rows[row], mode="clip")  # mode: without a copy
@@ -65,14 +68,21 @@ def make(problem: Problem, name: str) -> Plan:
     long = longer_than_all(problem)
     if not (small or long):
         return made
-    shown, shortest = _rank(problem, made)
-    if not shown and shortest <= step_bound(problem) * NEAR:
+    shows, shortest = _rank(problem, made)
+    spares, must = problem.costs.has_host, int(np.count_nonzero(problem.lengths > problem.capacity))
+    if not shows and shortest <= step_bound(problem) * NEAR and not (spares and _shared(made) > must):
         return made
-    for other in _others(problem, name, long, small):
-        shows, makespan = _rank(problem, other)
-        if shows < shown or (shows == shown and makespan * NEAR < shortest):
-            made, shown, shortest = other, shows, makespan
-    return made
+    plans = [made, *_others(problem, name, long, small)]
+    ranked = [(*_rank(problem, each), number) for number, each in enumerate(plans)]
+    shows, shortest, _ = min(ranked)
+    limit = shortest * (CLOSE if spares else NEAR)
+    close = [(makespan, number) for shown, makespan, number in ranked if shown == shows and makespan <= limit]
+    return plans[min(close, key=lambda each: (_shared(plans[each[1]]) if spares else each[1] > 0, *each))[1]]
+
+
+def _shared(made: Plan) -> int:
+    """Documents on more than one rank."""
+    return int(np.count_nonzero(np.diff(made.group_offsets) > 1))
 
 
 def _is_small(problem: Problem) -> bool:
@@ -155,19 +165,25 @@ def _shows(result: Evaluation) -> bool:
 def search(problem: Problem, name: str, room: int) -> Plan:
     """The best plan whose shares hold at most ``room`` tokens."""
     order = problem.descending
+    slots, offsets, ranks, _ = solve(problem, order, room)
+    return in_batch_order(problem, name, order, slots, offsets, ranks)
+
+
+def solve(problem: Problem, order: IntArray, room: int) -> tuple[IntArray, IntArray, IntArray, int]:
+    """Slot of each sequence of ``order``, offsets of groups, their ranks, and the makespan in ticks; in C++."""
     topology = problem.topology
     slot = problem.regime == "slot"
-    slots, offsets, ranks, _ = _planner.solve(
+    return _planner.solve(
         terms(problem, order, room),
         topology.world_size,
         topology.ranks_per_node,
         room if slot else problem.capacity,
         *problem.costs.latency,
+        (problem.costs.tile, problem.costs.message, problem.costs.round),
         problem.costs.constant,
         problem.regime,
         SLOT_EFFORT if slot else STEP_EFFORT,
     )
-    return in_batch_order(problem, name, order, slots, offsets, ranks)
 
 
 def in_batch_order(

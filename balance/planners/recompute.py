@@ -195,6 +195,9 @@ def _ticks(problem: Problem, length: int, ratio: float) -> int:
         attention = int(costs.attention[phase][0])
         if size > 1:
             attention = int(ring_phase(attention, int(costs.ring[across, phase][0]), costs.latency[across], size))
+            attention += int(costs.host(phase, 1, int(costs.handling[phase][0]), size))
+        else:
+            attention += costs.tile
         total += max(ticks + attention, copy)
     return total
 

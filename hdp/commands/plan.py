@@ -227,7 +227,7 @@ def cluster_of_machine(arguments: argparse.Namespace, machine: Machine) -> tuple
     """What a file says; bandwidths that the user gives stand in for links that were not."""
     given = {"intra": arguments.intra_bandwidth, "inter": arguments.inter_bandwidth}
     links = {name: Link(bandwidth=value) for name, value in given.items() if value is not None}
-    cost = machine.cost
+    cost = machine.planning
     if arguments.copy_bandwidth is not None:
         cost = replace(cost, copy_bandwidth=arguments.copy_bandwidth)
     cost = _with_tiers(arguments, cost)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from stand_in import machine_of
 from transformers import AutoConfig
 
 from hdp.attention.bundle import Bundle, structure_of
@@ -13,6 +16,7 @@ from hdp.attention.mask import Mask
 from hdp.attention.program import HeadCount
 from hdp.balance import MODELS, CostModel, Link, ModelShape, Plan, PlanError, Topology, evaluate
 from hdp.balance.cost import TICK
+from hdp.balance.host import HostCosts
 from hdp.balance.memory import activation_peak, capacity_with, eq3, hidden_ratio, ratio_for
 
 COST = CostModel.from_shape("llama-7b", flops=400e12)
@@ -51,6 +55,50 @@ def test_a_micro_batch_runs_one_packed_ring_per_group() -> None:
 
 
 TOPOLOGY_8 = Topology(world_size=8)
+
+
+def test_what_sharing_takes_the_host() -> None:
+    """Tiles for each document, rounds and messages once for all of a group, bytes as they are sent and received."""
+    host = {"tile_seconds": 1e-4, "message_seconds": 2e-4, "round_seconds": 3e-4, "byte_seconds": 1e-11}
+    lengths, size = [30000, 9000, 700], 4
+    plan = Plan.from_groups(
+        lengths, [range(4), range(4), (5,)], [0, 0, 0], world_size=8, capacity=16384, regime="step", planner="test"
+    )
+    cost = replace(COST, **host)
+    free, paid = (evaluate(plan, each, TOPOLOGY_8) for each in (COST, cost))
+    messages = 2 * (size - 1) + 2 * (2 * size - 3)  # forward; backward, keys and values and their gradients
+    sent = sum(lengths[:2]) * (size - 1) / size * (COST.ring_bytes + COST.ring_bytes_backward)
+    shared = 2 * size * (2 * 1e-4 + 3e-4) + messages * 2e-4 + 2 * sent * 1e-11
+    difference = (paid.busy - free.busy) * TICK / COST.layers
+    np.testing.assert_allclose(difference[:4], shared, rtol=1e-5)
+    assert difference[5] == pytest.approx(2 * 1e-4, rel=1e-5) and not difference[[4, 6, 7]].any()
+    costs = cost.quantise(lengths, TOPOLOGY_8)
+    alone = [replace(plan, lengths=np.array([n]), slots=np.array([0]), group_offsets=np.array([0, 4]), group_ranks=np.arange(4))
+             for n in lengths]  # fmt: skip
+    for i, each in enumerate(alone):
+        assert evaluate(each, cost, TOPOLOGY_8).makespan == pytest.approx(int(costs.share(i, 4, 0)), abs=2)
+    assert not COST.quantise(lengths, TOPOLOGY_8).has_host and costs.has_host
+    np.testing.assert_array_equal(costs.without_host().work, COST.quantise(lengths, TOPOLOGY_8).work)
+
+
+def test_planning_counts_the_hosts_of_a_machine() -> None:
+    """Planners count rounds, messages and tiles of a layer as the simulator's hosts do, set-up once a micro-batch."""
+    host = HostCosts(
+        piece_seconds=1e-5,
+        message_seconds=2e-5,
+        round_seconds=3e-5,
+        message_byte=0.0,
+        piece_setup=4e-5,
+        message_setup=5e-5,
+    )
+    machine = machine_of(4, replace(COST, ring_bytes=0.0, ring_bytes_backward=0.0), host=host)
+    costs = machine.planning.quantise([100], machine.topology())
+    layers = COST.layers
+    for size in (2, 3, 4):
+        for phase in (0, 1):
+            said = costs.host(phase, 3, 0, size) * TICK
+            walked = layers * host.layer_seconds(3, size, bool(phase)) + host.setup_seconds(3, size, bool(phase))
+            assert said == pytest.approx(walked, rel=1e-6)
 
 
 def test_sharers_wait_for_the_last_of_them() -> None:

@@ -16,7 +16,7 @@ from hdp.balance.bounds import shortest_share, slot_bound, step_bound
 from hdp.balance.distributions import draw_lengths
 from hdp.balance.exact import exact_optimum
 from hdp.balance.planners import PLANNERS, make_problem
-from hdp.balance.planners.auto import search
+from hdp.balance.planners.auto import search, solve
 
 COST = CostModel.from_shape("llama-7b", flops=400e12)
 CAPACITY = 8192
@@ -31,14 +31,27 @@ def cluster(world: int, latency: float = 0.0, slow: float = 1.0) -> Topology:
     )
 
 
-def problem_of(lengths: object, world: int, regime: str, capacity: int = CAPACITY, **links: float):
-    return make_problem(lengths, cluster(world, **links), COST, capacity=capacity, regime=regime, planner="auto")
+HOSTS = (
+    {},
+    {"tile_seconds": 1e-5, "message_seconds": 2e-5, "round_seconds": 5e-5, "byte_seconds": 1e-12},
+    {"message_seconds": 1e-3, "byte_seconds": 1e-9},
+    {"tile_seconds": 5e-3},
+)
+"""What sharing takes the host: nothing, little, and more than it saves."""
 
 
-def makespan(lengths: object, world: int, regime: str, planner: str = "auto", **links: float) -> int:
+def problem_of(
+    lengths: object, world: int, regime: str, capacity: int = CAPACITY, cost: CostModel = COST, **links: float
+):
+    return make_problem(lengths, cluster(world, **links), cost, capacity=capacity, regime=regime, planner="auto")
+
+
+def makespan(
+    lengths: object, world: int, regime: str, planner: str = "auto", cost: CostModel = COST, **links: float
+) -> int:
     topology = cluster(world, **links)
     return evaluate(
-        plan(lengths, topology, COST, capacity=CAPACITY, regime=regime, planner=planner), COST, topology
+        plan(lengths, topology, cost, capacity=CAPACITY, regime=regime, planner=planner), cost, topology
     ).makespan
 
 
@@ -52,7 +65,8 @@ def test_no_plan_beats_the_bound(regime: str, data: st.DataObject) -> None:
         "latency": data.draw(st.sampled_from([0.0, 5e-6, 1e-4, 2e-3])),
         "slow": data.draw(st.sampled_from([1.0, 20.0, 400.0, 1e4])),
     }
-    problem = problem_of(lengths, world, regime, **links)
+    cost = replace(COST, **data.draw(st.sampled_from(HOSTS)))
+    problem = problem_of(lengths, world, regime, cost=cost, **links)
     bound = step_bound(problem)
     if regime == "slot":
         sharper = slot_bound(problem)
@@ -60,7 +74,7 @@ def test_no_plan_beats_the_bound(regime: str, data: st.DataObject) -> None:
         bound = sharper
     for planner in PLANNERS:
         if planner != "flexsp":
-            assert makespan(lengths, world, regime, planner, **links) >= bound * (1 - 1e-6)
+            assert makespan(lengths, world, regime, planner, cost, **links) >= bound * (1 - 1e-6)
 
 
 @given(
@@ -69,16 +83,18 @@ def test_no_plan_beats_the_bound(regime: str, data: st.DataObject) -> None:
     latency=st.sampled_from([0.0, 1e-6, 1e-5, 1e-3]),
     slow=st.sampled_from([1.0, 20.0, 400.0, 1e4]),
     fewest=st.sampled_from([1, 1, 3, 30]),
+    host=st.sampled_from(HOSTS),
 )
 @examples(60)
 def test_no_group_is_faster_than_the_best_one(
-    length: int, world: int, latency: float, slow: float, fewest: int
+    length: int, world: int, latency: float, slow: float, fewest: int, host: dict[str, float]
 ) -> None:
     """Where hops take time, a ring can be too long: the best group lies between the fewest ranks that hold it and all."""
     capacity = max(1, length // fewest)
     if length > world * capacity:
         return
-    problem = problem_of([length], world, "step", capacity=capacity, latency=latency, slow=slow)
+    cost = replace(COST, **host)
+    problem = problem_of([length], world, "step", capacity=capacity, cost=cost, latency=latency, slow=slow)
     node = problem.topology.node_size
     sizes = np.arange(-(-length // capacity), world + 1)
     shares = problem.costs.share(np.zeros(len(sizes), dtype=np.int64), sizes, (sizes > node).astype(np.int64))
@@ -103,18 +119,54 @@ def test_links_that_are_slower_than_computing(regime: str, slow: float) -> None:
     assert makespan(lengths, 32, regime, slow=slow) >= step_bound(problem_of(lengths, 32, regime, slow=slow))
 
 
+@pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("lengths", [[20000, 9000, 5000, 300], [8000] * 5, [30000, 700, 600], [7000, 6500, 4000, 2500]])
-def test_gap_to_the_exact_optimum(lengths: list[int]) -> None:
-    """``auto`` is within 2 % of the optimum (step) and within 6 % (slot) on these batches of four ranks."""
-    for regime, gap in (("step", 1.02), ("slot", 1.06)):
-        best = exact_optimum(problem_of(lengths, 4, regime), slots=3)
-        bound = (
-            slot_bound(problem_of(lengths, 4, regime))
-            if regime == "slot"
-            else step_bound(problem_of(lengths, 4, regime))
-        )
+def test_gap_to_the_exact_optimum(lengths: list[int], host: dict[str, float]) -> None:
+    """``auto`` is within 2 % of the optimum (step) and within 6 % (slot) on these batches of four ranks; 1 % more where it
+    prefers plans that share less."""
+    cost = replace(COST, **host)
+    for regime, gap in (("step", 1.03 if host else 1.02), ("slot", 1.07 if host else 1.06)):
+        problem = problem_of(lengths, 4, regime, cost=cost)
+        best = exact_optimum(problem, slots=3)
+        bound = slot_bound(problem) if regime == "slot" else step_bound(problem)
         assert bound <= best * (1 + 1e-6)
-        assert makespan(lengths, 4, regime) <= best * gap
+        assert makespan(lengths, 4, regime, cost=cost) <= best * gap
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@given(lengths=st.lists(st.integers(1, 3 * CAPACITY), min_size=1, max_size=40), world=st.sampled_from([3, 8, 17]))
+@examples(15)
+def test_the_search_counts_as_plans_are_evaluated(lengths: list[int], world: int, host: dict[str, float]) -> None:
+    cost = replace(COST, constant=1e-4, **host)
+    problem = problem_of(lengths, world, "slot", cost=cost, latency=5e-6, slow=20.0)
+    *_, said = solve(problem, problem.descending, problem.capacity)
+    assert said == evaluate(search(problem, "auto", problem.capacity), cost, problem.topology).makespan
+
+
+def test_where_sharing_takes_the_host_fewer_documents_are_shared() -> None:
+    """Sixteen documents that one rank holds: cut over all four ranks where that is free, whole where it is not."""
+    lengths = [7000, 6500, 6000, 5500, 5000, 4500, 4200, 4000, 3500, 3000, 2500, 2000, 1500, 1000, 500, 400]
+    shared = {}
+    for name, host in (("free", {}), ("dear", HOSTS[2])):
+        made = plan(lengths, cluster(4), replace(COST, **host), capacity=CAPACITY)
+        shared[name] = int((np.diff(made.group_offsets) > 1).sum())
+    assert shared["dear"] == 0 <= shared["free"]
+    made = plan([20000, *lengths], cluster(4), replace(COST, **HOSTS[2]), capacity=CAPACITY)
+    assert (np.diff(made.group_offsets) > 1).tolist() == [True, *[False] * 16]  # what has to be
+
+
+def test_of_plans_as_fast_the_one_that_shares_fewest_is_taken() -> None:
+    """Within a hundredth of the fastest of those that were made."""
+    cost = replace(COST, **HOSTS[1])
+    lengths = draw_lengths("github", tokens=8 * CAPACITY * 3, context=32768, seed=3)
+    made = {
+        planner: plan(lengths, cluster(8), cost, capacity=CAPACITY, planner=planner)
+        for planner in ("auto", "static", "naive", "bytescale")
+    }
+    times = {planner: evaluate(each, cost, cluster(8)).makespan for planner, each in made.items()}
+    shared = {planner: int((np.diff(each.group_offsets) > 1).sum()) for planner, each in made.items()}
+    assert times["auto"] <= 1.01 * min(times.values())
+    assert all(shared["auto"] <= shared[p] for p in made if times[p] <= 1.01 * min(times.values()))
 
 
 @pytest.mark.parametrize("regime", ["step", "slot"])
