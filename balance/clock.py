@@ -48,16 +48,19 @@ def evaluate(plan: Plan, cost: CostModel, topology: Topology) -> Evaluation:
     """
     if not plan.recompute:
         return evaluate_without(plan, cost, topology)
-    busy, finish, copying = (np.zeros(plan.world_size, dtype=np.int64) for _ in range(3))
+    busy, finish, copying, exposed = (np.zeros(plan.world_size, dtype=np.int64) for _ in range(4))
     slot_ends = np.zeros(plan.slot_count, dtype=np.int64)
     for k, (slot, _, end) in enumerate(passage(plan, slot_works(plan, cost, topology))):
         busy[slot.ranks] += slot.ticks
         copying[slot.ranks] += slot.copying
+        exposed[slot.ranks] += slot.exposed
         finish[slot.ranks] = end
         if plan.regime == "slot":
             finish[:] = finish.max()
         slot_ends[k] = end.max(initial=0)
-    return Evaluation(makespan=int(finish.max()), busy=busy, finish=finish, slot_ends=slot_ends, copying=copying)
+    return Evaluation(
+        makespan=int(finish.max()), busy=busy, finish=finish, slot_ends=slot_ends, copying=copying, exposed=exposed
+    )
 
 
 def recompute_ticks(plan: Plan, cost: CostModel, topology: Topology) -> int:

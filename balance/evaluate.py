@@ -32,6 +32,8 @@ class Evaluation:
     """When the last rank leaves each slot."""
     copying: IntArray
     """Ticks in which a rank has nothing left to do but copies of its offloaded activations; part of ``busy``."""
+    exposed: IntArray
+    """Ticks in which a rank has nothing to do but wait for a ring's hops, which do not hide; part of ``busy``."""
 
     @property
     def seconds(self) -> float:
@@ -62,6 +64,8 @@ class SlotWork:
     """Which of them are coupled by shared sequences: equal numbers run together."""
     copying: IntArray
     """How much of ``ticks`` is copies that do not hide."""
+    exposed: IntArray
+    """How much of it is hops of rings that do not hide."""
 
 
 def micro_batch_ticks(plan: Plan, costs: Costs, topology: Topology) -> list[SlotWork]:
@@ -92,6 +96,7 @@ def _by_slot(plan: Plan) -> list[IntArray]:
 
 def _slot_work(plan: Plan, costs: Costs, topology: Topology, sequences: IntArray, one_way: IntArray | int) -> SlotWork:
     passes = np.zeros((2, plan.world_size), dtype=np.int64)  # forward, backward
+    exposed = np.zeros(plan.world_size, dtype=np.int64)
     present = np.zeros(plan.world_size, dtype=bool)
     sizes = np.diff(plan.group_offsets)[sequences]
     whole = sequences[sizes == 1]
@@ -106,31 +111,45 @@ def _slot_work(plan: Plan, costs: Costs, topology: Topology, sequences: IntArray
         rings.setdefault(group.tobytes(), []).append(i)
     for key, members in rings.items():
         group = np.frombuffer(key, dtype=np.int64)
-        passes[:, group] += _packed_ring(costs, topology, members, group)
+        ticks, shown = _packed_ring(costs, topology, members, group)
+        passes[:, group] += ticks
+        exposed[group] += shown
         present[group] = True
     copying = np.maximum(one_way - passes, 0).sum(axis=0)
     component = _components(plan.world_size, [np.frombuffer(key, dtype=np.int64) for key in rings])
     active = np.flatnonzero(present)
     constant = topology.slowed(np.full(plan.world_size, costs.constant, dtype=np.int64), np.arange(plan.world_size))
     ticks = passes.sum(axis=0) + copying + constant
-    return SlotWork(ranks=active, ticks=ticks[active], component=component[active], copying=copying[active])
+    return SlotWork(
+        ranks=active,
+        ticks=ticks[active],
+        component=component[active],
+        copying=copying[active],
+        exposed=exposed[active],
+    )
 
 
-def _packed_ring(costs: Costs, topology: Topology, sequences: list[int], group: IntArray) -> IntArray:
-    """[2, members] Ticks of forward and backward. A slow member computes for longer; its messages take what others' do."""
+def _packed_ring(costs: Costs, topology: Topology, sequences: list[int], group: IntArray) -> tuple[IntArray, IntArray]:
+    """[2, members] Ticks of forward and backward, and [members] how many of them show hops.
+
+    A slow member computes for longer; its messages take what others' do.
+    """
     nodes = group // topology.ranks_per_node
     across = int(nodes.min() != nodes.max())
     size = len(group)
     linear = -(-int(costs.linear[sequences].sum()) // size)
     forward = int(linear * costs.forward)
-    passes = np.empty((2, size), dtype=np.int64)
+    passes, exposed = np.empty((2, size), dtype=np.int64), np.zeros(size, dtype=np.int64)
     for phase, each in enumerate((forward, linear - forward)):
         whole = np.full(size, int(costs.attention[phase][sequences].sum()), dtype=np.int64)
         ring = int(costs.ring[across, phase][sequences].sum())
         host = costs.host(phase, len(sequences), int(costs.handling[phase][sequences].sum()), size)
         passes[phase] = topology.slowed(np.full(size, each + host, dtype=np.int64), group)
-        passes[phase] += ring_phase(topology.slowed(whole, group), ring, costs.latency[across], size)
-    return passes
+        whole = topology.slowed(whole, group)
+        ticks = ring_phase(whole, ring, costs.latency[across], size)
+        passes[phase] += ticks
+        exposed += ticks - -(-whole // size)
+    return passes, exposed
 
 
 def _components(world_size: int, groups: list[IntArray]) -> IntArray:
@@ -156,9 +175,11 @@ def evaluate(plan: Plan, cost: CostModel, topology: Topology) -> Evaluation:
     clock = np.zeros(plan.world_size, dtype=np.int64)
     slot_ends = np.zeros(plan.slot_count, dtype=np.int64)
     copying = np.zeros(plan.world_size, dtype=np.int64)
+    exposed = np.zeros(plan.world_size, dtype=np.int64)
     for k, slot in enumerate(micro_batch_ticks(plan, costs, topology)):
         busy[slot.ranks] += slot.ticks
         copying[slot.ranks] += slot.copying
+        exposed[slot.ranks] += slot.exposed
         start = np.zeros(plan.world_size, dtype=np.int64)
         longest = np.zeros(plan.world_size, dtype=np.int64)
         np.maximum.at(start, slot.component, clock[slot.ranks])
@@ -167,4 +188,6 @@ def evaluate(plan: Plan, cost: CostModel, topology: Topology) -> Evaluation:
         if plan.regime == "slot":
             clock[:] = clock.max()
         slot_ends[k] = clock[slot.ranks].max(initial=0)
-    return Evaluation(makespan=int(clock.max()), busy=busy, finish=clock, slot_ends=slot_ends, copying=copying)
+    return Evaluation(
+        makespan=int(clock.max()), busy=busy, finish=clock, slot_ends=slot_ends, copying=copying, exposed=exposed
+    )

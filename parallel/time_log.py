@@ -76,7 +76,8 @@ def likely_cause(results: list[StepResult]) -> str:
     """
     busy = np.sum([result.busy_seconds for result in results], axis=0)
     waits = np.sum([result.wait_seconds for result in results], axis=0)
-    said = np.sum([result.predicted.busy for result in results if result.predicted is not None], axis=0) * TICK
+    each = [result.predicted for result in results if result.predicted is not None]
+    said = np.sum([one.busy - one.exposed for one in each], axis=0) * TICK
     works = said > 0
     ratios = busy[works] / said[works]
     if not len(ratios):
@@ -95,7 +96,7 @@ def likely_cause(results: list[StepResult]) -> str:
         )
     if usual < 1 - DRIFT:
         return f"all ranks computed in {usual:.2f} of the time predicted: another load has ended since the machine was measured"
-    total = sum(result.predicted.seconds for result in results if result.predicted is not None)
+    total = sum(one.seconds for one in each)
     foreseen, waited = 1.0 - said.sum() / (total * len(said)), waits.sum() / (busy.sum() + waits.sum())
     return (
         f"computing took as long as predicted, but ranks waited {waited:.0%} of the time where {foreseen:.0%} is predicted:"

@@ -13,7 +13,7 @@ from stand_in import machine_of
 from tiny import make_documents
 
 import hdp
-from hdp.balance import CostModel, Evaluation, evaluate, make_plan
+from hdp.balance import CostModel, Evaluation, Link, Plan, Topology, evaluate, make_plan
 from hdp.balance.cost import TICK
 from hdp.parallel.metrics import StepResult
 from hdp.parallel.time_log import STEPS, WARM, TimeLog, likely_cause
@@ -63,11 +63,29 @@ def test_the_likely_cause(step: StepResult, cause: str) -> None:
     assert likely_cause([step]).startswith(cause)
 
 
+def test_hops_that_show_are_waits_not_work() -> None:
+    """Two ranks of a ring on slow links wait while one with a whole document computes: neither is slow."""
+    link = Link(bandwidth=1e6)
+    topology = Topology(world_size=3, ranks_per_node=3, intra=link, inter=link)
+    plan = Plan.from_groups(
+        [400, 390], [(0, 1), (2,)], [0, 0], world_size=3, capacity=400, regime="step", planner="test"
+    )
+    said = evaluate(plan, CostModel(layers=2, quadratic=1e-9, linear=1e-6, ring_bytes=1e3), topology)
+    assert said.exposed[0] > 0.1 * said.busy[0] and not said.exposed[2]
+    busy = (said.busy - said.exposed) * TICK
+    seconds = 1.5 * said.seconds
+    step = StepResult(
+        step=0, loss=1.0, tokens=1, label_tokens=1, seconds=seconds, busy_seconds=tuple(busy.tolist()),
+        wait_seconds=tuple((seconds - busy).tolist()), predicted=said,
+    )  # fmt: skip
+    assert likely_cause([step]).startswith("computing took as long as predicted, but ranks waited")
+
+
 def test_many_slow_ranks_are_counted() -> None:
     busy, seconds = [1.0] * 20, 2.0
     for rank in range(0, 18, 3):
         busy[rank] = 2.0
-    said = replace(PREDICTED, busy=(PREDICTED.busy[:1] * 0 + round(1 / TICK)).repeat(20))
+    said = replace(PREDICTED, busy=(PREDICTED.busy[:1] * 0 + round(1 / TICK)).repeat(20), exposed=PREDICTED.busy[0] * 0)
     step = replace(result(), busy_seconds=tuple(busy), wait_seconds=(0.0,) * 20, predicted=said, seconds=seconds)
     assert likely_cause([step]).startswith("ranks 0, 3, 6, 9 and 2 more computed 2.00 times")
 
