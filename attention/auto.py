@@ -58,6 +58,8 @@ class Chooser:
     """Cost of a tensor sent or received on the host."""
     call_seconds: float = 1e-5
     """Cost of a kernel call beyond its work."""
+    tiles: tuple[tuple[int, float, float], ...] = ()
+    """As of ``hdp.attention.predict.Rates``; the longest says what pairs of other calls take. Empty: by ``flops``."""
     kept_limit: float | None = None
     """Bytes a layer may keep of a sequence from forward to backward; None: any."""
     kept_per_token: float | None = None
@@ -84,6 +86,10 @@ class Chooser:
             nodes = tuple(rank // self.ranks_per_node for rank in group)
             nodes = None if len(set(nodes)) == 1 else nodes
         forward = self.flops / (4 * geometry.head_dim)
+        backward = forward / self.backward_factor
+        if self.tiles:
+            tokens, *seconds = self.tiles[-1]
+            forward, backward = (tokens * (tokens + 1) / 2 / each for each in seconds)
         case = Case(
             length=length,
             size=len(group),
@@ -97,7 +103,8 @@ class Chooser:
             links=self.links,
             rates=Rates(
                 forward=forward,
-                backward=forward / self.backward_factor,
+                backward=backward,
+                tiles=self.tiles,
                 step_seconds=self.step_seconds,
                 byte_seconds=self.byte_seconds,
                 message_seconds=self.message_seconds,

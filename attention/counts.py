@@ -22,13 +22,13 @@ member's own tokens where they are kept with the others' included.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from hdp.attention.blocks import HeadBlocks
 from hdp.attention.layout import Layout, Range, Ranges
-from hdp.attention.mask import Mask, decompose
+from hdp.attention.mask import Mask, Shape, decompose
 from hdp.attention.messages import messages
 from hdp.attention.program import HeadCount, Heads, Kind, RankProgram, Tile, Transfer
 
@@ -78,6 +78,8 @@ class StepCount:
     """Messages sent and received; sequences of one micro-batch share them."""
     calls: int
     """Kernel calls, where adjacent ones are not fused. See [Note: calls]."""
+    squares: tuple[tuple[int, int], ...]
+    """(tokens, heads) of calls that see as many queries as keys, causally: part of what such a kernel computes is masked."""
     buffer_bytes: int
     """See [Note: buffers]."""
 
@@ -128,13 +130,15 @@ def count(
         for transfers, by_peer in ((step.sends, sent), (step.receives, received)):
             for t in transfers:
                 by_peer[t.peer] += counter.bytes(t.kind, t.chunks, t.heads, t.final)
+        calls, squares = blocks.calls(step.tiles)
         steps.append(
             StepCount(
                 area=sum(_area(layout, mask, tile) for tile in step.tiles),
                 sent=dict(sent),
                 received=dict(received),
                 messages=len(messages(step.sends)) + len(messages(step.receives)),
-                calls=blocks.calls(step.tiles),
+                calls=calls,
+                squares=squares,
                 buffer_bytes=buffers[number],
             )
         )
@@ -173,8 +177,8 @@ class _Blocks:
             chunks = tuple(chunks)
             self.came.update(dict.fromkeys(((kind, c) for c in chunks), chunks))
 
-    def calls(self, tiles: Iterable[Tile]) -> int:
-        """Kernel calls of the tiles of one step."""
+    def calls(self, tiles: Iterable[Tile]) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Kernel calls of the tiles of one step, and those that are causal squares."""
         tiles = list(tiles)
         for kind, chunks in (
             (Kind.Q, sorted({c for t in tiles for c in t.queries})),
@@ -182,14 +186,20 @@ class _Blocks:
         ):
             if self.is_plain and len({self.came.get((kind, c), ()) for c in chunks}) > 1:
                 self._note(kind, chunks)
-        return sum(map(self._calls, tiles))
+        squares: Counter[int] = Counter()
+        calls = sum(self._calls(tile, squares) for tile in tiles)
+        return calls, tuple(sorted(squares.items()))
 
-    def _calls(self, tile: Tile) -> int:
+    def _calls(self, tile: Tile, squares: Counter[int]) -> int:
         start, stop = tile.heads
         cuts = {start, stop, -(-start // self.group) * self.group, stop // self.group * self.group}
         pieces = sum(start <= cut < stop for cut in cuts)
         queries, keys = self._runs(Kind.Q, tile.queries), self._runs(Kind.KV, tile.keys)
-        return pieces * sum(len(decompose(self.mask, q, k)) for q in queries for k in keys)
+        rectangles = [r for q in queries for k in keys for r in decompose(self.mask, q, k)]
+        for r in rectangles:
+            if r.shape is Shape.CAUSAL:
+                squares[r.row_stop - r.row_start] += stop - start
+        return pieces * len(rectangles)
 
     def _runs(self, kind: Kind, chunks: tuple[int, ...]) -> list[Ranges]:
         """Token ranges of chunks that lie one after the other; this member's own do from the start."""

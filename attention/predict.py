@@ -4,9 +4,10 @@ Programs are walked (``hdp.attention.counts``) for all members of small groups, 
 little longer than the longer of its computation and its slowest link, so
 
     seconds = sum over steps of step_seconds + calls x call_seconds + messages x message_seconds
-              + later(area / rate + all bytes x byte_seconds, latency + bytes on the slowest link / its rate),
+              + later(area / rate + squares + all bytes x byte_seconds, latency + bytes on the slowest link / its rate),
     later(a, b) = (a^4 + b^4)^(1/4),
 
+where ``squares`` are calls with as many queries as keys, by their measured times (``Rates.tiles``), and ``area`` is the rest;
 the slowest member counts, forward and backward apart. ``later`` is a little more than the longer of the two: neither takes
 exactly as long as predicted, and the later one counts (figures in ``docs/attention.md``; why this form, in ``docs/log.md``).
 
@@ -19,6 +20,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 
 from hdp.attention.costs import cost
 from hdp.attention.counts import Sizes, StepCount, count
@@ -72,6 +74,22 @@ class Rates:
     """Fixed cost of each tensor sent or received on the host."""
     call_seconds: float = 0.0
     """Fixed cost of each kernel call: how many a step needs depends on where what it reads lies."""
+    tiles: tuple[tuple[int, float, float], ...] = ()
+    """(tokens, seconds forward, seconds backward) of one head of a whole causal document beyond a call's fixed cost, ascending.
+    Short ones attain less than long ones, and mask part of what they compute. Empty: as other pairs do."""
+
+    def square(self, tokens: float, backward: bool) -> float:
+        """Seconds of one head of a causal square of so many tokens; between those measured, seconds a pair are interpolated."""
+        pairs = [(n, each[backward] / (n * n)) for n, *each in self.tiles]
+        low, high = pairs[0], pairs[-1]
+        for before, after in pairwise(pairs):
+            if before[0] <= tokens <= after[0]:
+                low, high = before, after
+                break
+        else:
+            return tokens * tokens * (low if tokens < low[0] else high)[1]
+        part = (tokens - low[0]) / (high[0] - low[0])
+        return tokens * tokens * (low[1] + part * (high[1] - low[1]))
 
     def __post_init__(self) -> None:
         costs = (self.step_seconds, self.byte_seconds, self.message_seconds, self.call_seconds)
@@ -214,8 +232,9 @@ def _largest(name: str, backward: bool, static: Static) -> tuple[float, float, f
 
 @dataclass(frozen=True, kw_only=True)
 class _Profile:
-    steps: tuple[tuple[tuple[int, int, int, int, int, int], int], ...]
-    """((area, bytes on the slowest inner link, on the slowest outer link, all bytes, messages, calls), how many such steps)."""
+    steps: tuple[tuple[tuple[int, int, int, int, int, int, tuple[tuple[int, int], ...]], int], ...]
+    """((area, bytes on the slowest inner link, on the slowest outer link, all bytes, messages, calls, squares), how many such
+    steps)."""
     sent_bytes: int
     peak_bytes: int
     kept_bytes: int
@@ -238,6 +257,7 @@ def _profile(
             sum(s.sent.values()) + sum(s.received.values()),
             s.messages,
             s.calls,
+            s.squares,
         )
         for s in counted.steps
     )
@@ -263,15 +283,19 @@ def _seconds(profile: _Profile, case: Case, scale: float, areas: float, backward
     links, rates = case.links, case.rates
     rate = rates.backward if backward else rates.forward
     total = 0.0
-    for (area, inner, outer, handled, messages, calls), times in profile.steps:
-        transfer = 0.0
+    for (area, inner, outer, handled, messages, calls, squares), times in profile.steps:
+        transfer = computing = 0.0
+        if rates.tiles:
+            for tokens, heads in squares:
+                area -= heads * tokens * (tokens + 1) // 2
+                computing += heads * rates.square(tokens * scale, backward)
         if inner or outer:
             transfer = links.latency + max(inner * scale / links.inner_rate, outer * scale / links.outer_rate)
         total += times * (
             rates.step_seconds
             + messages * rates.message_seconds
             + calls * rates.call_seconds
-            + _later(area * areas / rate + handled * scale * rates.byte_seconds, transfer)
+            + _later(computing + area * areas / rate + handled * scale * rates.byte_seconds, transfer)
         )
     return total
 

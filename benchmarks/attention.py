@@ -39,18 +39,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from attention_grid import auto_grid, middle
-from scipy.optimize import nnls
+from attention_grid import auto_grid
 
-from hdp.attention.choose import choose
 from hdp.attention.costs import cost
-from hdp.attention.counts import Sizes, count
-from hdp.attention.layout import make_layout
-from hdp.attention.mask import Mask
-from hdp.attention.predict import Case, Links, Rates
+from hdp.attention.counts import Sizes
 from hdp.attention.program import HeadCount
-from hdp.attention.schedules import get_schedule
 
 FOLDER = Path(__file__).parent
 CPU_PERCENT = 50
@@ -64,8 +57,6 @@ class Cluster:
 
     path: str
     lock: str | None
-    overheads: Overheads | None = None
-    """Known once they have been measured."""
 
     def run(self, hosts: int, rate: float | None, mesh: bool = False, **job: Any) -> dict:
         """What rank 0 found for one job. ``rate`` in bytes a second, None: unlimited."""
@@ -84,41 +75,6 @@ class Cluster:
         if done.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
         return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-@dataclass(frozen=True)
-class Overheads:
-    """What a host spends beside the tiles' own work, on links that do not limit."""
-
-    byte_seconds: float
-    """A byte sent or received."""
-    message_seconds: float
-    """A tensor sent or received."""
-    call_seconds: float
-    """A kernel call."""
-    step_seconds: float
-    """A program step, in which members wait for each other."""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """One host's share of a ring's tiles without communication."""
-
-    forward: float
-    """Seconds."""
-    backward: float
-    overheads: Overheads
-
-    def rates(self, tokens: int, heads: int, hosts: int) -> Rates:
-        area, calls = tokens * (tokens + 1) / 2 * heads / hosts, hosts * self.overheads.call_seconds
-        return Rates(
-            forward=area / (self.forward - calls),
-            backward=area / (self.backward - calls),
-            step_seconds=self.overheads.step_seconds,
-            byte_seconds=self.overheads.byte_seconds,
-            message_seconds=self.overheads.message_seconds,
-            call_seconds=self.overheads.call_seconds,
-        )
 
 
 def spread(values: Sequence[float]) -> str:
@@ -143,80 +99,16 @@ def is_as_said(candidate: str, tokens: int, heads: tuple[int, int], hosts: int, 
     return all(row == [sum(pair) for pair in zip(*both, strict=True)] for row in rows)
 
 
-PARTS = ("forward", "backward")
 TILES = "quiet:ring/ring"
 
 
-def speeds(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], hosts: int) -> list[Speed]:
-    """Of each (tokens, heads)."""
+def forwards(cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], hosts: int) -> list[float]:
+    """Seconds of one host's share of a ring's tiles without communication, forward, of each (tokens, heads)."""
     jobs = [
-        {"tokens": tokens, "heads": heads, "candidates": [TILES], "rounds": 3, "parts": part}
+        {"tokens": tokens, "heads": heads, "candidates": [TILES], "rounds": 3, "parts": "forward"}
         for tokens, heads in shapes
-        for part in PARTS
     ]
-    seconds = [statistics.median(found[TILES]["seconds"]) for found in cluster.run_all(hosts, None, jobs)]
-    return [Speed(*pair, overheads=overheads(cluster)) for pair in zip(seconds[::2], seconds[1::2], strict=True)]
-
-
-SCHEDULES = ("ring", "direct", "all_gather", "all_gather:2", "hybrid:2", "ulysses:2", "ulysses_home")
-"""With few large messages and tiles, or many small ones, in few or many steps: ``direct`` and ``all_gather`` differ in steps
-alone, ``all_gather:2`` in calls."""
-
-
-def overheads(cluster: Cluster) -> Overheads:
-    """What schedules take beyond a ring's tiles alone, fitted once to their bytes, messages, calls and steps."""
-    if cluster.overheads is not None:
-        return cluster.overheads
-    hosts, shapes = 4, [(2048, (8, 8)), (2048, (8, 2)), (4096, (8, 8))]
-    jobs = [
-        {
-            "tokens": tokens,
-            "heads": heads,
-            "candidates": [TILES, *(f"hdp:{name}/{name}" for name in SCHEDULES)],
-            "rounds": 7,
-            "parts": part,
-        }
-        for tokens, heads in shapes
-        for part in PARTS
-    ]
-    handled, lost = [], []
-    for job, found in zip(jobs, cluster.run_all(hosts, None, jobs), strict=True):
-        times = {name: middle(t["seconds"]) for name, t in found.items()}
-        tiles, backward = times[TILES], job["parts"] == "backward"
-        own = np.array([0, 0, hosts, 0])  # a ring's tiles are calls, too
-        for name in SCHEDULES:
-            handled.append((np.array(traffic(name, job["tokens"], job["heads"], hosts, backward)) - own) / tiles)
-            lost.append(times[f"hdp:{name}/{name}"] / tiles - 1)  # noise grows with what is timed
-    (byte, message, call, step), _ = nnls(np.array(handled), np.array(lost))
-    print(
-        f"communication takes {byte * 1e9:.2f} s a GB, {message * 1e6:.0f} us a message;"
-        f" a kernel call {call * 1e6:.0f} us, a step {step * 1e6:.0f} us",
-        flush=True,
-    )
-    cluster.overheads = Overheads(byte_seconds=byte, message_seconds=message, call_seconds=call, step_seconds=step)
-    return cluster.overheads
-
-
-def traffic(name: str, tokens: int, heads: tuple[int, int], hosts: int, backward: bool) -> tuple[int, int, int, int]:
-    """Bytes and messages, sent and received, kernel calls and steps of the member that has most bytes."""
-    layout, count_ = make_layout("zigzag", tokens, hosts), HeadCount(query=heads[0], key=heads[1])
-    schedule, most = get_schedule(name), (0, 0, 0, 0)
-    for member in range(hosts):
-        program = (schedule.backward if backward else schedule.forward)(layout, Mask(), count_, member)
-        counted = count(program, layout, Mask(), count_, member, SIZES, backward)
-        found = (
-            counted.sent_bytes + counted.received_bytes,
-            sum(s.messages for s in counted.steps),
-            sum(s.calls for s in counted.steps),
-            len(counted.steps),
-        )
-        most = max(most, found)
-    return most
-
-
-def speed(cluster: Cluster, tokens: int, heads: tuple[int, int], hosts: int) -> Speed:
-    """Of one shape."""
-    return speeds(cluster, [(tokens, heads)], hosts)[0]
+    return [statistics.median(found[TILES]["seconds"]) for found in cluster.run_all(hosts, None, jobs)]
 
 
 def rate_for(ratio: float, tokens: int, heads: tuple[int, int], hosts: int, seconds: float) -> float:
@@ -224,17 +116,18 @@ def rate_for(ratio: float, tokens: int, heads: tuple[int, int], hosts: int, seco
     return max(sent("ring", tokens, heads, hosts, backward=False)) / (ratio * seconds)
 
 
-def chosen(tokens: int, heads: tuple[int, int], hosts: int, kind: str, rate: float, measured: Speed) -> tuple[str, str]:
-    """What ``auto`` takes."""
-    case = Case(
-        length=tokens,
-        size=hosts,
-        heads=HeadCount(query=heads[0], key=heads[1]),
-        sizes=SIZES,
-        links=Links(kind=kind, inner_rate=rate, outer_rate=rate, latency=1e-3),
-        rates=measured.rates(tokens, heads[0], hosts),
-    )
-    return choose(case).names
+def chosen(
+    cluster: Cluster, shapes: Sequence[tuple[int, tuple[int, int]]], hosts: int, kind: str, rate: float
+) -> dict[tuple[int, tuple[int, int]], str]:
+    """What ``auto`` takes of each (tokens, heads), on a machine that is measured there as at the start of any job."""
+    lengths: dict[tuple[int, int], list[int]] = {}
+    for tokens, heads in shapes:
+        lengths.setdefault(heads, []).append(tokens)
+    jobs = [{"choose": heads, "lengths": each} for heads, each in lengths.items()]
+    found = dict(zip(lengths, cluster.run_all(hosts, rate, jobs, kind == "peer"), strict=True))
+    for heads, each in found.items():
+        print(f"{kind} {rate / 1e6:.1f} MB/s, heads {heads}: {each['host']}", flush=True)
+    return {(tokens, heads): found[heads][str(tokens)] for tokens, heads in shapes}
 
 
 def exposed(cluster: Cluster) -> dict[str, float]:
@@ -277,10 +170,11 @@ def rivals(cluster: Cluster) -> dict[str, float]:
         tokens = 2048 * hosts
         cases = ([tokens], [tokens // 2] + [tokens // 16] * 8)
         lengths = sorted({n for documents in cases for n in documents})
-        measured = dict(zip(lengths, speeds(cluster, [(n, heads) for n in lengths], hosts), strict=True))
+        (forward,) = forwards(cluster, [(tokens, heads)], hosts)
         for ratio in (0.5, 1.0):
-            rate = rate_for(ratio, tokens, heads, hosts, measured[tokens].forward)
-            picks = {n: "/".join(chosen(n, heads, hosts, "nic", rate, measured[n])) for n in lengths}
+            rate = rate_for(ratio, tokens, heads, hosts, forward)
+            taken = chosen(cluster, [(n, heads) for n in lengths], hosts, "nic", rate)
+            picks = {n: taken[n, heads] for n in lengths}
             candidates = ["hdp:picks", *(name for group in THEIRS.values() for name in group)]
             shared = {"tokens": tokens, "heads": heads, "candidates": candidates, "rounds": 5}
             jobs = [{**shared, "documents": case, "picks": [picks[n] for n in case]} for case in cases]
@@ -308,9 +202,9 @@ def mesh(cluster: Cluster) -> dict[str, float]:
     tokens, hosts, found, right = 4096, 4, {}, True
     names = ["hdp:ring/ring", "hdp:token_ring/token_ring"]
     for key, heads in (("tokenring_mesh", (8, 8)), ("ring_mesh_gqa", (8, 2))):
-        measured = speed(cluster, tokens, heads, hosts)
-        rate = rate_for(4.0, tokens, heads, hosts, measured.forward)
-        auto = chosen(tokens, heads, hosts, "peer", rate, measured)[0]
+        (forward,) = forwards(cluster, [(tokens, heads)], hosts)
+        rate = rate_for(4.0, tokens, heads, hosts, forward)
+        auto = chosen(cluster, [(tokens, heads)], hosts, "peer", rate)[tokens, heads].partition("/")[0]
         candidates = [*names, *([f"hdp:{auto}/token_ring"] if auto not in ("ring", "token_ring") else [])]
         options = {"tokens": tokens, "heads": heads, "rounds": 4, "parts": "forward"}
         times = cluster.run(hosts, rate, mesh=True, candidates=candidates, **options)

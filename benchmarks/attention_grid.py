@@ -41,13 +41,13 @@ def middle(values: Sequence[float]) -> float:
 
 def auto_grid(cluster: Any) -> dict[str, float]:
     """Prints which pair wins where; the largest loss of ``auto``, and whether all sent what closed forms say."""
-    from attention import chosen, is_as_said, rate_for, speeds
+    from attention import chosen, forwards, is_as_said, rate_for
 
-    worst, equal, found = 0.0, True, dict(zip(SHAPES, speeds(cluster, SHAPES, HOSTS), strict=True))
+    worst, equal, found = 0.0, True, dict(zip(SHAPES, forwards(cluster, SHAPES, HOSTS), strict=True))
     widest = max(SHAPES, key=lambda shape: shape[0] * shape[1][1])
     for kind, ratio in itertools.product(KINDS, RATIOS):
-        rate = rate_for(ratio, *widest, HOSTS, found[widest].forward)
-        picks = {shape: "/".join(chosen(*shape, HOSTS, kind, rate, found[shape])) for shape in SHAPES}
+        rate = rate_for(ratio, *widest, HOSTS, found[widest])
+        picks = chosen(cluster, SHAPES, HOSTS, kind, rate)
         jobs = [
             {
                 "tokens": tokens,
@@ -71,11 +71,7 @@ def auto_grid(cluster: Any) -> dict[str, float]:
             worst = max(worst, loss)
             table = ", ".join(f"{n} {s * 1000:.0f}" for n, s in sorted(seconds.items(), key=lambda item: item[1]))
             duel = ", ".join(f"{n} {s * 1000:.0f}" for n, s in sorted(again.items(), key=lambda item: item[1]))
-            own = (
-                ratio
-                * rate_for(1.0, *shape, HOSTS, found[shape].forward)
-                / rate_for(1.0, *widest, HOSTS, found[widest].forward)
-            )
+            own = ratio * rate_for(1.0, *shape, HOSTS, found[shape]) / rate_for(1.0, *widest, HOSTS, found[widest])
             print(
                 f"{shape[0]} tokens, {shape[1]} {kind} ratio {own:.2f}: auto {pick} ({loss:+.1%} on {best}); ms: {duel};"
                 f" before: {table}",

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from attention_choice import pairs
 from attention_grid import middle
 from packed import RIVALS
 from torch import Tensor
@@ -278,7 +279,12 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # buffers that nobody has filled must not cost more than real numbers
     with hdp.init(timeout=120) as world:
-        found = [run_job(settings, world) for settings in json.loads(sys.argv[1])]
+        found = [
+            pairs(world, tuple(settings["choose"]), settings["lengths"])
+            if "choose" in settings
+            else run_job(settings, world)
+            for settings in json.loads(sys.argv[1])
+        ]
         if world.rank == 0:
             print(json.dumps(found))
 

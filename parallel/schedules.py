@@ -12,6 +12,9 @@ from hdp.balance.machine import Machine
 if TYPE_CHECKING:
     from hdp.parallel.world import World
 
+LEAST_TILES = 4
+"""Measured lengths below which one rate is taken for all calls."""
+
 
 @lru_cache(maxsize=64)
 def chooser_of(machine: Machine, kept_per_token: float | None = None) -> Chooser:
@@ -34,8 +37,19 @@ def chooser_of(machine: Machine, kept_per_token: float | None = None) -> Chooser
         byte_seconds=host.message_byte,
         message_seconds=host.message_seconds,
         call_seconds=host.piece_seconds,
+        tiles=tiles_of(machine),
         kept_per_token=kept_per_token,
     )
+
+
+def tiles_of(machine: Machine) -> tuple[tuple[int, float, float], ...]:
+    """Seconds of one head beyond what the shortest tile takes, which is all launch; empty where too few were measured."""
+    if machine.shape is None or len(machine.tiles) < LEAST_TILES:
+        return ()
+    launch, *rest = machine.tiles
+    heads = machine.shape.heads
+    found = [(t.tokens, (t.forward - launch.forward) / heads, (t.backward - launch.backward) / heads) for t in rest]
+    return tuple(found) if all(min(each[1:]) > 0 for each in found) else ()
 
 
 def check_chooser(world: World, machine: Machine | None) -> None:
