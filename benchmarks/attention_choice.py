@@ -31,6 +31,7 @@ def pairs(world: hdp.World, heads: tuple[int, int], lengths: list[int]) -> dict[
         max_position_embeddings=1 << 20,
         use_cache=False,
     )
+    torch.manual_seed(0)
     engine = hdp.shard(LlamaForCausalLM._from_config(config, attn_implementation="hdp"), world)
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict("os.environ", HDP_CACHE=cache):
         machine = find_machine(engine, "measure")
