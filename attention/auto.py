@@ -58,6 +58,8 @@ class Chooser:
     """Cost of a tensor sent or received on the host."""
     call_seconds: float = 1e-5
     """Cost of a kernel call beyond its work."""
+    sum_seconds: float = 0.0
+    """Cost of a byte of partial results that is merged or added up."""
     tiles: tuple[tuple[int, float, float], ...] = ()
     """As of ``hdp.attention.predict.Rates``; the longest says what pairs of other calls take. Empty: by ``flops``."""
     kept_limit: float | None = None
@@ -104,6 +106,7 @@ class Chooser:
             rates=Rates(
                 forward=forward,
                 backward=backward,
+                sum_seconds=self.sum_seconds,
                 tiles=self.tiles,
                 step_seconds=self.step_seconds,
                 byte_seconds=self.byte_seconds,

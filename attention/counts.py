@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hdp.attention.blocks import HeadBlocks
 from hdp.attention.layout import Layout, Range, Ranges
@@ -80,6 +80,8 @@ class StepCount:
     """Kernel calls, where adjacent ones are not fused. See [Note: calls]."""
     squares: tuple[tuple[int, int], ...]
     """(tokens, heads) of calls that see as many queries as keys, causally: part of what such a kernel computes is masked."""
+    results: int
+    """Bytes that its kernel calls hand over, which are merged or added up."""
     buffer_bytes: int
     """See [Note: buffers]."""
 
@@ -122,7 +124,7 @@ def count(
     """Walks one member's program of one direction."""
     counter = _Counter(layout, heads, member, sizes, program)
     buffers = counter.buffers(program, backward)
-    blocks = _Blocks(layout, mask, heads, member, program, backward)
+    blocks = _Blocks(layout, mask, heads, member, program, backward, sizes)
     steps = []
     for number, step in enumerate(program.steps):
         sent: dict[int, int] = defaultdict(int)
@@ -130,15 +132,16 @@ def count(
         for transfers, by_peer in ((step.sends, sent), (step.receives, received)):
             for t in transfers:
                 by_peer[t.peer] += counter.bytes(t.kind, t.chunks, t.heads, t.final)
-        calls, squares = blocks.calls(step.tiles)
+        calls = blocks.calls(step.tiles)
         steps.append(
             StepCount(
                 area=sum(_area(layout, mask, tile) for tile in step.tiles),
                 sent=dict(sent),
                 received=dict(received),
                 messages=len(messages(step.sends)) + len(messages(step.receives)),
-                calls=calls,
-                squares=squares,
+                calls=calls.count,
+                squares=tuple(sorted(calls.squares.items())),
+                results=calls.results,
                 buffer_bytes=buffers[number],
             )
         )
@@ -152,12 +155,32 @@ def _area(layout: Layout, mask: Mask, tile: Tile) -> int:
     return pairs * (tile.heads[1] - tile.heads[0])
 
 
+@dataclass
+class _Calls:
+    """Of one step."""
+
+    count: int = 0
+    squares: Counter[int] = field(default_factory=Counter)
+    """Heads by tokens."""
+    results: int = 0
+
+
 class _Blocks:
     """Which chunks lie together. See [Note: calls]."""
 
     def __init__(
-        self, layout: Layout, mask: Mask, heads: HeadCount, member: int, program: RankProgram, backward: bool
+        self,
+        layout: Layout,
+        mask: Mask,
+        heads: HeadCount,
+        member: int,
+        program: RankProgram,
+        backward: bool,
+        sizes: Sizes,
     ) -> None:
+        # Of a query and of a key, for each head: what a call hands over.
+        self.per_query = sizes.per_token(Kind.DQ if backward else Kind.OUT)
+        self.per_key = sizes.per_token(Kind.DKV) if backward else 0
         self.layout, self.mask, self.group, self.own = layout, mask, heads.group, layout.owned(member)
         self.is_plain = all(len(ranges) == 1 for ranges in layout.chunks)
         self.came: dict[tuple[Kind, int], tuple[int, ...]] = {}
@@ -177,8 +200,8 @@ class _Blocks:
             chunks = tuple(chunks)
             self.came.update(dict.fromkeys(((kind, c) for c in chunks), chunks))
 
-    def calls(self, tiles: Iterable[Tile]) -> tuple[int, tuple[tuple[int, int], ...]]:
-        """Kernel calls of the tiles of one step, and those that are causal squares."""
+    def calls(self, tiles: Iterable[Tile]) -> _Calls:
+        """Kernel calls of the tiles of one step."""
         tiles = list(tiles)
         for kind, chunks in (
             (Kind.Q, sorted({c for t in tiles for c in t.queries})),
@@ -186,20 +209,23 @@ class _Blocks:
         ):
             if self.is_plain and len({self.came.get((kind, c), ()) for c in chunks}) > 1:
                 self._note(kind, chunks)
-        squares: Counter[int] = Counter()
-        calls = sum(self._calls(tile, squares) for tile in tiles)
-        return calls, tuple(sorted(squares.items()))
+        calls = _Calls()
+        for tile in tiles:
+            self._count(tile, calls)
+        return calls
 
-    def _calls(self, tile: Tile, squares: Counter[int]) -> int:
+    def _count(self, tile: Tile, calls: _Calls) -> None:
         start, stop = tile.heads
         cuts = {start, stop, -(-start // self.group) * self.group, stop // self.group * self.group}
         pieces = sum(start <= cut < stop for cut in cuts)
         queries, keys = self._runs(Kind.Q, tile.queries), self._runs(Kind.KV, tile.keys)
-        rectangles = [r for q in queries for k in keys for r in decompose(self.mask, q, k)]
-        for r in rectangles:
+        key_heads = -(-stop // self.group) - start // self.group
+        for r in (r for q in queries for k in keys for r in decompose(self.mask, q, k)):
+            rows, columns = r.row_stop - r.row_start, r.key_stop - r.key_start
+            calls.count += pieces
+            calls.results += rows * (stop - start) * self.per_query + columns * key_heads * self.per_key
             if r.shape is Shape.CAUSAL:
-                squares[r.row_stop - r.row_start] += stop - start
-        return pieces * len(rectangles)
+                calls.squares[rows] += stop - start
 
     def _runs(self, kind: Kind, chunks: tuple[int, ...]) -> list[Ranges]:
         """Token ranges of chunks that lie one after the other; this member's own do from the start."""

@@ -4,12 +4,14 @@ Programs are walked (``hdp.attention.counts``) for all members of small groups, 
 little longer than the longer of its computation and its slowest link, so
 
     seconds = sum over steps of step_seconds + calls x call_seconds + messages x message_seconds
-              + later(area / rate + squares + all bytes x byte_seconds, latency + bytes on the slowest link / its rate),
+              + later(area / rate + squares + bytes x byte_seconds + results x sum_seconds,
+                      latency + bytes on the slowest link / its rate),
     later(a, b) = (a^4 + b^4)^(1/4),
 
-where ``squares`` are calls with as many queries as keys, by their measured times (``Rates.tiles``), and ``area`` is the rest;
-the slowest member counts, forward and backward apart. ``later`` is a little more than the longer of the two: neither takes
-exactly as long as predicted, and the later one counts (figures in ``docs/attention.md``; why this form, in ``docs/log.md``).
+where ``squares`` are calls with as many queries as keys, by their measured times (``Rates.tiles``), ``area`` is the rest, and
+``results`` are the bytes that all calls hand over. The slowest member counts, forward and backward apart. ``later`` is a little
+more than the longer of the two: neither takes exactly as long as predicted, and the later one counts (figures in
+``docs/attention.md``; why this form, in ``docs/log.md``).
 
 Pure and exact: the same arguments give the same answer on every rank.
 """
@@ -74,12 +76,14 @@ class Rates:
     """Fixed cost of each tensor sent or received on the host."""
     call_seconds: float = 0.0
     """Fixed cost of each kernel call: how many a step needs depends on where what it reads lies."""
+    sum_seconds: float = 0.0
+    """Cost of each byte of partial results that kernel calls hand over: it is merged, or added up."""
     tiles: tuple[tuple[int, float, float], ...] = ()
     """(tokens, seconds forward, seconds backward) of one head of a whole causal document beyond a call's fixed cost, ascending.
     Short ones attain less than long ones, and mask part of what they compute. Empty: as other pairs do."""
 
     def square(self, tokens: float, backward: bool) -> float:
-        """Seconds of one head of a causal square of so many tokens; between those measured, seconds a pair are interpolated."""
+        """Seconds of one head of a causal square of n tokens; between those measured ``a n^2 + b n``."""
         pairs = [(n, each[backward] / (n * n)) for n, *each in self.tiles]
         low, high = pairs[0], pairs[-1]
         for before, after in pairwise(pairs):
@@ -88,11 +92,11 @@ class Rates:
                 break
         else:
             return tokens * tokens * (low if tokens < low[0] else high)[1]
-        part = (tokens - low[0]) / (high[0] - low[0])
+        part = (1.0 / low[0] - 1.0 / tokens) / (1.0 / low[0] - 1.0 / high[0])
         return tokens * tokens * (low[1] + part * (high[1] - low[1]))
 
     def __post_init__(self) -> None:
-        costs = (self.step_seconds, self.byte_seconds, self.message_seconds, self.call_seconds)
+        costs = (self.step_seconds, self.byte_seconds, self.message_seconds, self.call_seconds, self.sum_seconds)
         if not (self.forward > 0 and self.backward > 0 and min(costs) >= 0):
             raise ValueError(
                 f"rates must be positive and costs of steps, bytes, messages and calls not negative: {self}"
@@ -232,9 +236,9 @@ def _largest(name: str, backward: bool, static: Static) -> tuple[float, float, f
 
 @dataclass(frozen=True, kw_only=True)
 class _Profile:
-    steps: tuple[tuple[tuple[int, int, int, int, int, int, tuple[tuple[int, int], ...]], int], ...]
-    """((area, bytes on the slowest inner link, on the slowest outer link, all bytes, messages, calls, squares), how many such
-    steps)."""
+    steps: tuple[tuple[tuple[int, int, int, int, int, int, int, tuple[tuple[int, int], ...]], int], ...]
+    """((area, bytes on the slowest inner link, on the slowest outer link, all bytes, messages, calls, bytes of results,
+    squares), how many such steps)."""
     sent_bytes: int
     peak_bytes: int
     kept_bytes: int
@@ -257,6 +261,7 @@ def _profile(
             sum(s.sent.values()) + sum(s.received.values()),
             s.messages,
             s.calls,
+            s.results,
             s.squares,
         )
         for s in counted.steps
@@ -283,8 +288,8 @@ def _seconds(profile: _Profile, case: Case, scale: float, areas: float, backward
     links, rates = case.links, case.rates
     rate = rates.backward if backward else rates.forward
     total = 0.0
-    for (area, inner, outer, handled, messages, calls, squares), times in profile.steps:
-        transfer = computing = 0.0
+    for (area, inner, outer, handled, messages, calls, results, squares), times in profile.steps:
+        transfer, computing = 0.0, scale * (handled * rates.byte_seconds + results * rates.sum_seconds)
         if rates.tiles:
             for tokens, heads in squares:
                 area -= heads * tokens * (tokens + 1) // 2
@@ -295,7 +300,7 @@ def _seconds(profile: _Profile, case: Case, scale: float, areas: float, backward
             rates.step_seconds
             + messages * rates.message_seconds
             + calls * rates.call_seconds
-            + _later(computing + area * areas / rate + handled * scale * rates.byte_seconds, transfer)
+            + _later(computing + area * areas / rate, transfer)
         )
     return total
 

@@ -37,6 +37,8 @@ class HostCosts:
     """Of each round of a micro-batch's programs, in each layer: step k of all groups is round k."""
     message_byte: float = 0.0
     """Of each byte sent or received, taken from computation: on CPUs the same core copies it."""
+    sum_byte: float = 0.0
+    """Of each byte of a tile's results, which are added to others'."""
     piece_setup: float = 0.0
     """Of each tile of each document, once a micro-batch and direction: programs are made once and serve all layers."""
     message_setup: float = 0.0

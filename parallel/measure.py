@@ -61,6 +61,7 @@ WHOLE_BYTES, WHOLE_PASS, WHOLE_SECONDS = 1 << 28, 0.5, 1.0
 WHOLE_TOKENS = (1024, 256, 64)
 WHOLE_OFF = 0.1
 """Of what its layers say, beyond which they are taken to cost what the whole model shows."""
+SUM_BYTES, SUM_RUNS = 1 << 21, 32
 PROBE_SECONDS, PROBE_LINK_SECONDS = 0.15, 0.06
 PROBE_BYTES = (1 << 19, 1 << 23)
 OFF = 0.25
@@ -296,7 +297,22 @@ def _host(engine: Engine, world: World, shape: ModelShape, quota: Quota) -> Host
     share = quota.share(torch.get_num_threads())
     ranks = _Ranks(world)
     period, share = ranks.median(quota.period), ranks.median(share)
-    return replace(found, quota_period=period if share < 1.0 else 0.0, quota_share=share)
+    return replace(
+        found,
+        sum_byte=ranks.median(_sum_byte(world.device, compute_clock(world.device, quota))),
+        quota_period=period if share < 1.0 else 0.0,
+        quota_share=share,
+    )
+
+
+def _sum_byte(device: torch.device, clock: Clock) -> float:
+    """Seconds a byte of writing an fp32 tensor to new memory, as kernels do with results, and adding it to another."""
+    total, part = (torch.ones(SUM_BYTES // 4, device=device) for _ in range(2))
+    total.add_(part * 0.5)
+    start = clock()
+    for _ in range(SUM_RUNS):
+        total.add_(part * 0.5)
+    return (clock() - start) / (SUM_RUNS * SUM_BYTES)
 
 
 def compute_clock(device: torch.device, quota: Quota) -> Clock:

@@ -93,8 +93,11 @@ class Stopwatch:
 
 
 def time_tiles(watch: Stopwatch, shape: ModelShape, dtype: torch.dtype, budget: float) -> tuple[Tile, ...]:
-    """Attention of one document on one rank, by its length."""
+    """Attention of one document on one rank, by its length; on CPUs of a few heads, for all of them take that much longer."""
     world = watch.world
+    group = shape.heads // shape.kv_heads
+    some = -(-min(torch.get_num_threads(), shape.heads) // group) * group
+    heads = shape.heads if world.device.type == "cuda" else min(some, shape.heads)
 
     def make(length: int) -> Callable[[], Pair]:
         inputs = micro_batch(world, [torch.zeros(length, dtype=torch.int64)], [(world.rank,)])()
@@ -102,7 +105,7 @@ def time_tiles(watch: Stopwatch, shape: ModelShape, dtype: torch.dtype, budget: 
         def tensor(heads: int) -> Tensor:
             return torch.randn(length, heads, shape.head_dim, dtype=dtype, device=world.device, requires_grad=True)
 
-        q, k, v = tensor(shape.heads), tensor(shape.kv_heads), tensor(shape.kv_heads)
+        q, k, v = tensor(heads), tensor(heads // group), tensor(heads // group)
 
         def run() -> Pair:
             start = watch.clock()
@@ -114,7 +117,11 @@ def time_tiles(watch: Stopwatch, shape: ModelShape, dtype: torch.dtype, budget: 
         return run
 
     lengths, times = watch.growing(TILES, budget, make, least=3)
-    return tuple(Tile(tokens=n, forward=f, backward=b) for n, (f, b) in zip(lengths, times, strict=True))
+    launch, more = times[0], shape.heads / heads  # the shortest is all launch, which more heads do not take again
+    return tuple(
+        Tile(tokens=n, forward=launch[0] + more * (f - launch[0]), backward=launch[1] + more * (b - launch[1]))
+        for n, (f, b) in zip(lengths, times, strict=True)
+    )
 
 
 def call_layers(sample: Sample, world: World, length: int) -> list[Call]:

@@ -37,6 +37,7 @@ def chooser_of(machine: Machine, kept_per_token: float | None = None) -> Chooser
         byte_seconds=host.message_byte,
         message_seconds=host.message_seconds,
         call_seconds=host.piece_seconds,
+        sum_seconds=host.sum_byte,
         tiles=tiles_of(machine),
         kept_per_token=kept_per_token,
     )

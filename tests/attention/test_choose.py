@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
 import pytest
 from cases import SCHEDULES
@@ -280,3 +282,42 @@ def test_a_window_longer_than_the_sequence_is_none() -> None:
     wide, none = case(mask=Mask(window=LENGTH)), case()
     assert predict("ring", wide, backward=False) == predict("ring", none, backward=False)
     assert predict("ring", case(mask=Mask(window=64)), backward=False).seconds < 1
+
+
+TILES = ((64, 3e-5, 6e-5), (256, 4e-4, 8e-4), (1024, 3.7e-3, 8e-3), (4096, 3.8e-2, 8.6e-2))
+
+
+def with_tiles(c: Case, **fields: Any) -> Case:
+    tokens, forward, backward = TILES[-1]
+    pairs = tokens * (tokens + 1) / 2
+    rates = Rates(forward=pairs / forward, backward=pairs / backward)
+    return replace(c, rates=replace(rates, **fields))
+
+
+def test_a_square_takes_what_was_measured_and_lies_between_its_neighbours() -> None:
+    rates = with_tiles(case(), tiles=TILES).rates
+    for backward in (False, True):
+        for tokens, *seconds in TILES:
+            assert rates.square(tokens, backward) == pytest.approx(seconds[backward])
+        for (low, *before), (high, *after) in pairwise(TILES):
+            between = rates.square((low * high) ** 0.5, backward) / (low * high)
+            assert after[backward] / high**2 < between < before[backward] / low**2
+        assert rates.square(8192, backward) == pytest.approx(4 * TILES[-1][1 + backward])
+        assert rates.square(32, backward) == pytest.approx(TILES[0][1 + backward] / 4)
+
+
+def test_small_squares_and_results_make_schedules_in_pieces_dearer() -> None:
+    """Ulysses computes a document in one call; where each member's queries go home by themselves, it takes squares of a quarter,
+    and results that are added up."""
+    c = replace(case(size=4, heads=(8, 8), communication=0.01), length=4096)
+    plain, squares, sums = (
+        {
+            name: [predict(name, with_tiles(c, **fields), backward=back).seconds for back in (False, True)]
+            for name in ("ulysses", "ulysses_home")
+        }
+        for fields in ({}, {"tiles": TILES}, {"sum_seconds": 1e-9})
+    )
+    for back in (0, 1):
+        for other in (squares, sums):
+            more = [other[name][back] - plain[name][back] for name in ("ulysses", "ulysses_home")]
+            assert more[1] > more[0] + 0.01 * plain["ulysses"][back]
