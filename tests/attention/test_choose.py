@@ -307,7 +307,7 @@ def test_a_square_takes_what_was_measured_and_lies_between_its_neighbours() -> N
 
 
 def test_small_squares_and_results_make_schedules_in_pieces_dearer() -> None:
-    """Ulysses computes a document in one call; where each member's queries go home by themselves, it takes squares of a quarter,
+    """Ulysses computes a document in one call; where each member's queries go home by themselves, squares are a quarter,
     and results that are added up."""
     c = replace(case(size=4, heads=(8, 8), communication=0.01), length=4096)
     plain, squares, sums = (
