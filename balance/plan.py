@@ -153,6 +153,11 @@ class Plan:
         start, stop = self.group_offsets[sequence], self.group_offsets[sequence + 1]
         return tuple(self.group_ranks[start:stop].tolist())
 
+    def with_schedule(self, name: str) -> Plan:
+        """The same plan with schedule ``name`` for all shared sequences, both ways."""
+        fields = {field: getattr(self, field) for field in self.__dataclass_fields__}
+        return Plan(**{**fields, "schedule_names": ("local", name), "schedules": None, "schedules_backward": None})
+
     def schedule(self, sequence: int) -> tuple[str, str]:
         """Names of the forward and backward schedules of a sequence."""
         shared = self.group_offsets[sequence + 1] - self.group_offsets[sequence] > 1

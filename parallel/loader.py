@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch.distributed as dist
 
+from hdp.attention.auto import AUTO as AUTO_SCHEDULE
 from hdp.balance import Evaluation, Topology, evaluate, make_plan
 from hdp.balance.cost import default_cost
 from hdp.balance.foresee import Foreseen
@@ -56,6 +57,12 @@ class Known:
     """Hash of what decides which batches are drawn."""
     chooser: str = ""
     """Of the schedule "auto", where the user set one of their own."""
+
+    @property
+    def chooses(self) -> bool:
+        """Whether shared documents get the schedule that costs least, where neither plan nor user names one: what was measured
+        tells which that is."""
+        return self.machine is not None and self.machine.source == "measured"
 
     def predicted(self, plan: Plan) -> Evaluation | None:
         """What the machine says of a plan; None: it is not known."""
@@ -284,7 +291,8 @@ class Loader:
         lengths = self.lengths[list(indices)]
 
         def made(capacity: int) -> Plan:
-            return make(lengths, world_size=self.world.world_size, capacity=capacity, **planner, **known.options)
+            plan = make(lengths, world_size=self.world.world_size, capacity=capacity, **planner, **known.options)
+            return plan.with_schedule(AUTO_SCHEDULE) if known.chooses and plan.schedules is None else plan
 
         try:
             plan, foreseen = known.fits.plan(made, self.capacity)

@@ -74,7 +74,8 @@ def init(
         tensor_parallel: neighbouring ranks that hold slices of one model; they run the same micro-batches with fewer heads.
             Split the model with ``parallelize_module(model, world.mesh["tp"], ...)`` before ``hdp.shard``.
         schedule: how shared sequences are computed: a name (``"ring"``), one forward and one backward (``"ring/ring_q"``), or
-            ``"auto"``, which chooses for each by cost; see ``hdp.attention.schedules``. None: as the plan says, a ring.
+            ``"auto"``, which chooses for each by cost; see ``hdp.attention.schedules``. None: as the plan says; where it names
+            none, ``"auto"`` on a machine that was measured, else a ring.
         wire_dtype: bf16 or fp16: q, k and v of an fp32 model travel so, at half the bytes. None: as the model computes.
 
     Raises:

@@ -14,6 +14,8 @@ from hdp.balance.plan import IntArray, Plan, PlanError
 from hdp.balance.simulator.cluster import Cluster
 from hdp.balance.simulator.tables import table
 
+AUTO, RING = "auto", "ring"
+"""What is to be chosen when it runs counts as a ring, as planners count it."""
 GATHERS, REDUCES, FIRST = 1, 2, 4
 RING_FORWARD, RING_BACKWARD, TABLES = 0, 1, 2
 
@@ -152,7 +154,8 @@ def exchanges(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -> Ex
     sizes = np.diff(plan.group_offsets)
     for i in np.flatnonzero((sizes > 1) & (plan.slots >= 0)).tolist():
         group = plan.group_ranks[plan.group_offsets[i] : plan.group_offsets[i + 1]]
-        packed.setdefault((int(plan.slots[i]), group.tobytes(), *plan.schedule(i)), []).append(i)
+        names = (RING if name == AUTO else name for name in plan.schedule(i))
+        packed.setdefault((int(plan.slots[i]), group.tobytes(), *names), []).append(i)
     made = Exchanges()
     for phase in (0, 1):
         for (slot, key, forward, backward), members in packed.items():
@@ -161,7 +164,7 @@ def exchanges(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -> Ex
             made.slot.append(slot)
             made.area.append(int(costs.attention[phase][members].sum()))
             made.documents.append(len(members))
-            is_ring = (backward if phase else forward) == "ring" and plan.layout == "zigzag"
+            is_ring = (backward if phase else forward) == RING and plan.layout == "zigzag"
             if is_ring:
                 made.kind.append(RING_BACKWARD if phase else RING_FORWARD)
                 made.unit.append(_ring_units(costs, members, len(group)))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import make_engine, make_model, plan_batch
 from harness import PATIENCE, Ranks
+from stand_in import machine_of
 from tiny import make_documents
 
 import hdp
@@ -176,3 +180,36 @@ def test_an_unknown_layout_is_a_plan_error():
         Plan.from_groups(
             LENGTHS, GROUPS, SLOTS, world_size=2, capacity=200, regime="step", planner="by hand", layout="zigzag:4"
         )
+
+
+def chosen_by_default(world: hdp.World) -> dict[str, set[tuple[str, str]]]:
+    """Schedules that plans name for shared documents, by where the machine is from, and of a planner that names its own."""
+    engine = hdp.shard(make_model(), world)
+    documents = make_documents([150, 20, 30])
+
+    def ring_q(lengths: Any, **options: Any) -> hdp.Plan:
+        made = hdp.make_plan(lengths, **{**options, "planner": "naive"})
+        shared = (np.diff(made.group_offsets) > 1).astype(np.int64)
+        return replace(made, schedule_names=("local", "ring_q"), schedules=shared)
+
+    found = {}
+    for name, source, planner in (
+        ("measured", "measured", "naive"),
+        ("assumed", "assumed", "naive"),
+        ("named", "measured", ring_q),
+    ):
+        loader = hdp.Loader(
+            documents, engine, tokens_per_step=200, capacity=100, planner=planner, seed=None,
+            machine=machine_of(world.world_size, source=source),
+        )  # fmt: skip
+        (batch,) = loader
+        assert math.isfinite(engine.forward_backward(batch).loss)
+        groups = [batch.plan.group(i) for i in range(3)]
+        found[name] = {batch.plan.schedule(i) for i, group in enumerate(groups) if len(group) > 1}
+        assert all(batch.plan.schedule(i) == ("local", "local") for i, group in enumerate(groups) if len(group) == 1)
+    return found
+
+
+def test_shared_documents_choose_where_the_machine_was_measured(ranks):
+    for found in ranks(2).run(chosen_by_default):
+        assert found == {"measured": {("auto", "auto")}, "assumed": {("ring", "ring")}, "named": {("ring_q", "ring_q")}}
