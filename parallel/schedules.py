@@ -12,8 +12,8 @@ from hdp.balance.machine import Machine
 if TYPE_CHECKING:
     from hdp.parallel.world import World
 
-LEAST_TILES = 4
-"""Measured lengths below which one rate is taken for all calls."""
+LEAST_TILES = 3
+"""Lengths below which one rate is taken for all calls."""
 
 
 @lru_cache(maxsize=64)
@@ -44,13 +44,15 @@ def chooser_of(machine: Machine, kept_per_token: float | None = None) -> Chooser
 
 
 def tiles_of(machine: Machine) -> tuple[tuple[int, float, float], ...]:
-    """Seconds of one head beyond what the shortest tile takes, which is all launch; empty where too few were measured."""
-    if machine.shape is None or len(machine.tiles) < LEAST_TILES:
+    """Seconds of one head beyond what the shortest tile takes, which is all launch, of lengths that take longer; empty if too
+    few were measured."""
+    if machine.shape is None or not machine.tiles:
         return ()
     launch, *rest = machine.tiles
     heads = machine.shape.heads
     found = [(t.tokens, (t.forward - launch.forward) / heads, (t.backward - launch.backward) / heads) for t in rest]
-    return tuple(found) if all(min(each[1:]) > 0 for each in found) else ()
+    longer = tuple(each for each in found if min(each[1:]) > 0)
+    return longer if len(longer) >= LEAST_TILES else ()
 
 
 def check_chooser(world: World, machine: Machine | None) -> None:

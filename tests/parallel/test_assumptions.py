@@ -15,7 +15,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import LlamaConfig
 
 import hdp
-from hdp.balance import Machine, make_plan
+from hdp.balance import Machine, ModelShape, make_plan
+from hdp.balance.machine import Tile
 from hdp.parallel.costs import BYTE_SECONDS, CALL_SECONDS, MESSAGE_SECONDS, NotKnown, assume
 from hdp.parallel.schedules import chooser_of
 
@@ -164,3 +165,16 @@ def without_shape(world: hdp.World) -> str:
 def test_auto_without_anything_to_choose_by_is_refused_at_once():
     with Ranks(1) as alone:
         assert "schedule='auto' needs to know links and rates" in alone.run(without_shape)[0]
+
+
+def test_tiles_are_those_that_take_longer_than_a_launch():
+    """One head of what a model's heads take, beyond the shortest; noise that makes a short one faster leaves it out."""
+    shape = ModelShape.from_config(make_model(attention="sdpa").config)
+    seconds = [(16, 1e-4, 2e-4), (64, 3e-4, 1.9e-4), (256, 5e-4, 9e-4), (1024, 5e-3, 9e-3), (4096, 7e-2, 9e-2)]
+    tiles = tuple(Tile(tokens=n, forward=f, backward=b) for n, f, b in seconds)
+    machine = machine_of(2, shape=shape, tiles=tiles)
+    found = chooser_of(machine).tiles
+    assert [tokens for tokens, *_ in found] == [256, 1024, 4096]
+    for (_, *each), (_, *whole) in zip(found, seconds[2:], strict=True):
+        assert each == pytest.approx([(t - s) / shape.heads for t, s in zip(whole, seconds[0][1:], strict=True)])
+    assert chooser_of(replace(machine, tiles=tiles[:3])).tiles == ()
