@@ -201,7 +201,7 @@ def _against_whole(
     ratio = seconds / said
     if abs(ratio - 1.0) <= WHOLE_OFF:
         return cost, ratio
-    rest = said - predicted(replace(layers, linear=0.0, constant=0.0), tokens, 1, piece)
+    rest = cost.layers * (tokens * cost.linear * (1.0 + cost.backward_linear) + cost.constant)  # all but attention
     factor = min(max((seconds - (said - rest)) / rest, 0.5), 2.0) if rest > 0 else 1.0
     return replace(cost, linear=cost.linear * factor, constant=cost.constant * factor), ratio
 

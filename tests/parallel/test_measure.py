@@ -103,10 +103,10 @@ def test_measured_once_then_probed(ranks, tmp_path):
 WHOLE_TOKENS, WHOLE_BYTES = 64, 1 << 16
 
 
-def against_the_whole(world: hdp.World, ratio: float) -> list[tuple[float, float, float]]:
+def against_the_whole(world: hdp.World, ratio: float, quadratic: float) -> list[tuple[float, float, float]]:
     """Where the whole model takes ``ratio`` times what layers say: its seconds, what the cost says then, and the ratio."""
     engine = hdp.shard(make_model(), world)
-    cost = CostModel(layers=2, quadratic=1e-9, linear=1e-6, constant=1e-5, head=1e-6)
+    cost = CostModel(layers=2, quadratic=quadratic, linear=1e-6, constant=1e-5, head=1e-6)
     layers, piece, speeds = replace(cost, head=0.0), 1e-6, (1.0, 0.5)
     seconds = ratio * predicted(layers, WHOLE_TOKENS, 1, piece)
     watch, found = measure_layers.Stopwatch(world, time.perf_counter), []
@@ -121,9 +121,10 @@ def against_the_whole(world: hdp.World, ratio: float) -> list[tuple[float, float
     return found
 
 
+@pytest.mark.parametrize("quadratic", [1e-9, 0.0])
 @pytest.mark.parametrize("ratio", [1.05, 0.8, 1.4])
-def test_a_small_model_runs_whole_as_a_check(ranks, ratio):
-    for checked, too_large in ranks(2).run(against_the_whole, ratio):
+def test_a_small_model_runs_whole_as_a_check(ranks, ratio, quadratic):
+    for checked, too_large in ranks(2).run(against_the_whole, ratio, quadratic):
         seconds, said, whole = checked
         assert whole == pytest.approx(ratio)
         assert said == pytest.approx(seconds / ratio if abs(ratio - 1) < measure.WHOLE_OFF else seconds)
