@@ -154,8 +154,8 @@ def exchanges(plan: Plan, cost: CostModel, costs: Costs, cluster: Cluster) -> Ex
     sizes = np.diff(plan.group_offsets)
     for i in np.flatnonzero((sizes > 1) & (plan.slots >= 0)).tolist():
         group = plan.group_ranks[plan.group_offsets[i] : plan.group_offsets[i + 1]]
-        names = (RING if name == AUTO else name for name in plan.schedule(i))
-        packed.setdefault((int(plan.slots[i]), group.tobytes(), *names), []).append(i)
+        forward, backward = (RING if name == AUTO else name for name in plan.schedule(i))
+        packed.setdefault((int(plan.slots[i]), group.tobytes(), forward, backward), []).append(i)
     made = Exchanges()
     for phase in (0, 1):
         for (slot, key, forward, backward), members in packed.items():

@@ -70,6 +70,14 @@ def test_ring_that_links_hold_up():
     assert simulation.seconds == near(forward + backward)
 
 
+def test_what_is_to_be_chosen_counts_as_a_ring():
+    made = of([900, 40], [(0, 1), (1,)], [0, 1], 2)
+    ring, auto = (simulate(each, COST, Cluster(topology=world(2, SLOW))) for each in (made, made.with_schedule("auto")))
+    assert auto.seconds == ring.seconds > 0
+    assert made.with_schedule("auto").schedule(0) == ("auto", "auto")
+    assert made.with_schedule("auto").schedule(1) == ("local", "local")
+
+
 def test_ring_that_compute_hides():
     simulation = simulate(of([1000], [(0, 1)], [0], 2), COST, Cluster(topology=world(2)))
     assert simulation.seconds == near(3 * LAYERS * (1000 * 1e-3 + 1000**2 * 1e-6) / 2)
