@@ -20,7 +20,7 @@ from hdp.attention.fillers import Local, local_calls
 from hdp.attention.launches import Launches
 from hdp.attention.lowered import Call, Geometry, Lowered, Op, Packet, Round, Space
 from hdp.attention.outline import outline
-from hdp.attention.outlined import KernelCall, Mail, Move, Outline, Piece, Region
+from hdp.attention.outlined import BACKWARD_TENSORS, FORWARD_TENSORS, KernelCall, Mail, Move, Outline, Piece, Region
 from hdp.attention.places import Ref
 from hdp.attention.regions import Regions
 from hdp.attention.spaces import Message, Root, Spaces, laid_out, whole
@@ -81,7 +81,7 @@ class _Lowering:
         self.packs = packs
         self.bundles = [t.bundle for t in tasks]
         self.outlines = [self._outline(task) for task in tasks]
-        self.externals = self.outlines[0].externals if tasks else ()
+        self.externals = BACKWARD_TENSORS if backward else FORWARD_TENSORS
         first = [len(self.externals)]
         for one in self.outlines:
             first.append(first[-1] + len(one.drafts))

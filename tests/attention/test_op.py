@@ -215,6 +215,16 @@ def test_a_route_that_is_gone_is_an_error_not_a_crash():
         out.sum().backward()
 
 
+def test_a_route_without_sequences_gives_nothing_back():
+    runtime = AttentionRuntime(0, VirtualNetwork().channel(0), torch.device("cpu"))
+    route = Route(runtime, [])
+    q, k, v = (torch.zeros(0, heads, 8, requires_grad=True) for heads in (4, 2, 2))
+    out = hdp.attention.attend(q, k, v, route=route)
+    out.sum().backward()
+    assert out.shape == q.shape
+    assert all(t.grad is not None and t.grad.shape == t.shape for t in (q, k, v))
+
+
 def test_a_group_that_does_not_hold_this_rank_is_refused():
     runtime = AttentionRuntime(0, VirtualNetwork().channel(0), torch.device("cpu"))
     with pytest.raises(ValueError):
